@@ -1,0 +1,1 @@
+//! The C structures and constants of libibverbs, newest layout

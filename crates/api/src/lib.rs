@@ -1,0 +1,1 @@
+//! Versioned types between router, orchestrator and command line

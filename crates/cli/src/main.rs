@@ -1,0 +1,2 @@
+//! The `freeflow` command.
+fn main() {}

@@ -1,0 +1,1 @@
+//! The network library's core: session, objects, posting and polling

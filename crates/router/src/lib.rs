@@ -1,0 +1,1 @@
+//! The router: sessions, engine, placement, accounting

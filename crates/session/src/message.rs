@@ -1,0 +1,450 @@
+//! The messages.
+
+use freeflow_types::{Access, DeviceLimits, Gid, Key, QpAttr, QpAttrMask, QpCap, QpType, Qpn};
+use serde::{Deserialize, Serialize};
+
+/// Most pieces of one memory region; a region in more pieces is refused with ENOMEM.
+pub const MAX_PIECES: usize = 2048;
+
+/// A handle of the session's own: opaque, with a generation in it, refused in any other session.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub struct Handle(pub u32);
+
+/// An errno value of Linux, as the man page of the verb promises it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub struct Errno(pub i32);
+
+/// Where a ring lies in the session's shared memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RingLocation {
+    /// Index of the slab; a slab the library does not have yet comes beside the reply.
+    pub slab: u32,
+    /// Bytes of the whole slab.
+    pub slab_len: u64,
+    /// Offset in the slab.
+    pub offset: u64,
+    /// Bytes of the object.
+    pub len: u64,
+}
+
+/// What backs a piece of a memory region.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum PieceKind {
+    /// Pages of a pool segment.
+    Pool {
+        /// The segment.
+        segment: u32,
+        /// Offset in it, in bytes.
+        offset: u64,
+    },
+    /// The application's own memory, which the router reaches across processes.
+    Foreign {
+        /// Address in the application.
+        addr: u64,
+    },
+}
+
+/// A piece of a memory region; pieces follow each other without gaps.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PieceDesc {
+    /// Bytes.
+    pub len: u64,
+    /// What backs them.
+    pub kind: PieceKind,
+}
+
+/// Registers a memory region.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RegMr {
+    /// Protection domain.
+    pub pd: Handle,
+    /// Address that work requests use for the first byte.
+    pub iova: u64,
+    /// Bytes; the sum of the pieces.
+    pub len: u64,
+    /// Rights.
+    pub access: Access,
+    /// What backs the region, at most [`MAX_PIECES`].
+    pub pieces: Vec<PieceDesc>,
+}
+
+/// Creates a completion queue.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct CreateCq {
+    /// Context.
+    pub context: Handle,
+    /// Least number of entries.
+    pub cqe: u32,
+    /// Completion channel.
+    pub channel: Option<Handle>,
+    /// Completion vector.
+    pub comp_vector: u32,
+}
+
+/// Creates a queue pair.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct CreateQp {
+    /// Protection domain.
+    pub pd: Handle,
+    /// Transport service.
+    pub qp_type: QpType,
+    /// Completion queue of sends.
+    pub send_cq: Handle,
+    /// Completion queue of receives.
+    pub recv_cq: Handle,
+    /// Capacities asked for.
+    pub cap: QpCap,
+    /// Every send request is signaled.
+    pub sq_sig_all: bool,
+}
+
+/// A request of the library.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// First message of a session. Answered with [`Reply::Welcome`].
+    Hello {
+        /// [`crate::PROTOCOL_VERSION`] of the library.
+        version: u16,
+    },
+    /// Opens a context (`ibv_open_device`). [`Reply::Created`]; descriptor: asynchronous events.
+    OpenContext,
+    /// Closes it with all that is left in it. [`Reply::Done`].
+    CloseContext {
+        /// The context.
+        context: Handle,
+    },
+    /// Allocates a protection domain. [`Reply::Created`].
+    AllocPd {
+        /// The context.
+        context: Handle,
+    },
+    /// Frees a protection domain; EBUSY while it is used. [`Reply::Done`].
+    DeallocPd {
+        /// The domain.
+        pd: Handle,
+    },
+    /// A range of shared pages. [`Reply::Pages`]; descriptor: the segment, if it is new.
+    AllocPages {
+        /// Bytes, a multiple of the page size.
+        len: u64,
+    },
+    /// Gives a range back; its content is gone. [`Reply::Done`].
+    FreePages {
+        /// Segment.
+        segment: u32,
+        /// Offset.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// Lets the router reach the application's memory. [`Reply::Done`].
+    AttachMemory,
+    /// Registers memory. [`Reply::Mr`].
+    RegMr(RegMr),
+    /// Deregisters memory. [`Reply::Done`].
+    DeregMr {
+        /// The region.
+        mr: Handle,
+    },
+    /// Creates a completion channel. [`Reply::Created`]; descriptor: completion events.
+    CreateChannel {
+        /// The context.
+        context: Handle,
+    },
+    /// Destroys it; EBUSY while a CQ uses it. [`Reply::Done`].
+    DestroyChannel {
+        /// The channel.
+        channel: Handle,
+    },
+    /// Creates a completion queue. [`Reply::Cq`]; descriptor: the slab, if it is new.
+    CreateCq(CreateCq),
+    /// Replaces the ring of a CQ. [`Reply::Cq`]; descriptor: the slab, if it is new.
+    /// Completions in the old ring stay there for the library to read first.
+    ResizeCq {
+        /// The queue.
+        cq: Handle,
+        /// Least number of entries.
+        cqe: u32,
+    },
+    /// Destroys it; EBUSY while a QP uses it. [`Reply::Done`].
+    DestroyCq {
+        /// The queue.
+        cq: Handle,
+    },
+    /// Creates a queue pair. [`Reply::Qp`]; descriptor: the slab, if it is new.
+    CreateQp(CreateQp),
+    /// Modifies a queue pair. [`Reply::Done`].
+    ModifyQp {
+        /// The QP.
+        qp: Handle,
+        /// Attributes.
+        attr: QpAttr,
+        /// Which of them.
+        mask: QpAttrMask,
+    },
+    /// Queries a queue pair. [`Reply::QpQueried`].
+    QueryQp {
+        /// The QP.
+        qp: Handle,
+    },
+    /// Destroys it. [`Reply::Done`].
+    DestroyQp {
+        /// The QP.
+        qp: Handle,
+    },
+}
+
+/// What the virtual device is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    /// Node GUID, network order.
+    pub node_guid: u64,
+    /// The GID table; dense, RoCEv2.
+    pub gids: Vec<Gid>,
+    /// Limits.
+    pub limits: DeviceLimits,
+    /// Name of the endpoint, for messages.
+    pub endpoint: String,
+    /// Bytes of the router's pages of shared memory.
+    pub page_size: u64,
+}
+
+/// Answer to [`Request::Hello`]. Descriptors: the doorbell (an eventfd), then the slab that
+/// `region` names.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Welcome {
+    /// The router's protocol version.
+    pub version: u16,
+    /// The device.
+    pub device: DeviceInfo,
+    /// The session's dirty map.
+    pub region: RingLocation,
+}
+
+/// Answer to [`Request::RegMr`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MrRegistered {
+    /// The region.
+    pub mr: Handle,
+    /// Its key; local and remote are the same.
+    pub key: Key,
+}
+
+/// Answer to [`Request::CreateCq`] and [`Request::ResizeCq`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct CqCreated {
+    /// The queue.
+    pub cq: Handle,
+    /// Entries, a power of two.
+    pub entries: u32,
+    /// Its ring.
+    pub ring: RingLocation,
+}
+
+/// Answer to [`Request::CreateQp`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct QpCreated {
+    /// The QP.
+    pub qp: Handle,
+    /// Its number.
+    pub qpn: Qpn,
+    /// Its slot in the session's dirty map; completions carry it.
+    pub slot: u32,
+    /// Capacities granted.
+    pub cap: QpCap,
+    /// Its rings.
+    pub ring: RingLocation,
+}
+
+/// Answer to [`Request::QueryQp`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct QpQueried {
+    /// All attributes as they are now.
+    pub attr: QpAttr,
+}
+
+/// A successful answer.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Reply {
+    /// To a hello.
+    Welcome(Welcome),
+    /// Done, nothing to say.
+    Done,
+    /// A new object.
+    Created(Handle),
+    /// A range of shared pages.
+    Pages {
+        /// Segment.
+        segment: u32,
+        /// Bytes of the whole segment.
+        segment_len: u64,
+        /// Offset of the range.
+        offset: u64,
+    },
+    /// A new memory region.
+    Mr(MrRegistered),
+    /// A new completion queue.
+    Cq(CqCreated),
+    /// A new queue pair.
+    Qp(QpCreated),
+    /// Attributes.
+    QpQueried(QpQueried),
+}
+
+/// Why a well-formed request cannot be meant.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{what} is {value}, at most {limit}")]
+pub struct Invalid {
+    /// What is out of bounds.
+    pub what: &'static str,
+    /// Its value.
+    pub value: u64,
+    /// The bound.
+    pub limit: u64,
+}
+
+fn at_most(what: &'static str, value: u64, limit: u64) -> Result<(), Invalid> {
+    if value > limit {
+        Err(Invalid { what, value, limit })
+    } else {
+        Ok(())
+    }
+}
+
+impl Request {
+    /// Checks all bounds that do not depend on the session's state. The answer to a request
+    /// that fails is EINVAL.
+    pub fn validate(&self, limits: &DeviceLimits) -> Result<(), Invalid> {
+        match self {
+            Request::CreateCq(c) => {
+                at_most("cqe", c.cqe.into(), limits.max_cqe.into())?;
+                at_most(
+                    "comp_vector",
+                    c.comp_vector.into(),
+                    u64::from(limits.comp_vectors) - 1,
+                )?;
+                if c.cqe == 0 {
+                    return Err(Invalid {
+                        what: "cqe",
+                        value: 0,
+                        limit: limits.max_cqe.into(),
+                    });
+                }
+                Ok(())
+            }
+            Request::ResizeCq { cqe, .. } => at_most("cqe", (*cqe).into(), limits.max_cqe.into()),
+            Request::CreateQp(c) => {
+                let (wr, sge) = (limits.max_qp_wr.into(), limits.max_sge.into());
+                at_most("max_send_wr", c.cap.max_send_wr.into(), wr)?;
+                at_most("max_recv_wr", c.cap.max_recv_wr.into(), wr)?;
+                at_most("max_send_sge", c.cap.max_send_sge.into(), sge)?;
+                at_most("max_recv_sge", c.cap.max_recv_sge.into(), sge)?;
+                at_most(
+                    "max_inline_data",
+                    c.cap.max_inline.into(),
+                    limits.max_inline.into(),
+                )
+            }
+            Request::AllocPages { len } => at_most("pages", *len, limits.max_mr_size),
+            Request::RegMr(r) => {
+                at_most("length", r.len, limits.max_mr_size)?;
+                at_most("pieces", r.pieces.len() as u64, MAX_PIECES as u64)?;
+                let mut sum = 0u64;
+                for piece in &r.pieces {
+                    sum = sum.saturating_add(piece.len);
+                    let start = match piece.kind {
+                        PieceKind::Pool { offset, .. } => offset,
+                        PieceKind::Foreign { addr } => addr,
+                    };
+                    at_most("piece", piece.len, u64::MAX - start)?;
+                }
+                at_most("sum of pieces", sum, r.len)?;
+                at_most("length", r.len, sum)?;
+                at_most("iova", r.iova, u64::MAX - r.len)
+            }
+            Request::ModifyQp { attr, .. } => {
+                at_most("dest_qp_num", attr.dest_qpn.into(), Qpn::MASK.into())?;
+                at_most("timeout", attr.timeout.into(), 31)
+            }
+            Request::Hello { .. }
+            | Request::OpenContext
+            | Request::CloseContext { .. }
+            | Request::AllocPd { .. }
+            | Request::DeallocPd { .. }
+            | Request::FreePages { .. }
+            | Request::AttachMemory
+            | Request::DeregMr { .. }
+            | Request::CreateChannel { .. }
+            | Request::DestroyChannel { .. }
+            | Request::DestroyCq { .. }
+            | Request::QueryQp { .. }
+            | Request::DestroyQp { .. } => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reg(len: u64, pieces: Vec<PieceDesc>) -> Request {
+        let access = Access::LOCAL_WRITE;
+        Request::RegMr(RegMr {
+            pd: Handle(0),
+            iova: 0x1000,
+            len,
+            access,
+            pieces,
+        })
+    }
+
+    fn foreign(addr: u64, len: u64) -> PieceDesc {
+        PieceDesc {
+            len,
+            kind: PieceKind::Foreign { addr },
+        }
+    }
+
+    #[test]
+    fn pieces_must_cover_the_region_exactly() {
+        let limits = DeviceLimits::default();
+        assert!(
+            reg(10, vec![foreign(0, 4), foreign(8, 6)])
+                .validate(&limits)
+                .is_ok()
+        );
+        assert!(
+            reg(11, vec![foreign(0, 4), foreign(8, 6)])
+                .validate(&limits)
+                .is_err()
+        );
+        assert!(
+            reg(9, vec![foreign(0, 4), foreign(8, 6)])
+                .validate(&limits)
+                .is_err()
+        );
+        assert!(
+            reg(4, vec![foreign(u64::MAX - 1, 4)])
+                .validate(&limits)
+                .is_err()
+        );
+        let overflow = vec![foreign(0, u64::MAX), foreign(0, 5)];
+        assert!(reg(4, overflow).validate(&limits).is_err());
+    }
+
+    #[test]
+    fn queue_sizes_are_bounded() {
+        let limits = DeviceLimits::default();
+        let cq = |cqe| {
+            Request::CreateCq(CreateCq {
+                context: Handle(0),
+                cqe,
+                channel: None,
+                comp_vector: 0,
+            })
+        };
+        assert!(cq(0).validate(&limits).is_err());
+        assert!(cq(limits.max_cqe).validate(&limits).is_ok());
+        assert!(cq(limits.max_cqe + 1).validate(&limits).is_err());
+    }
+}
