@@ -1,1 +1,7 @@
-//! Versioned types between router, orchestrator and command line
+//! Versioned types between router, orchestrator and command line.
+
+#![forbid(unsafe_code)]
+
+mod status;
+
+pub use status::{Counters, EndedSession, EndpointStatus, RouterStatus, SessionStatus};

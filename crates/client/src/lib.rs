@@ -1,1 +1,30 @@
-//! The network library's core: session, objects, posting and polling
+//! The network library's core: what stands behind the verbs in an application's process.
+//!
+//! Verbs objects are reference-counted values over one [`session`](Context::open) per process
+//! with the router. Control verbs are messages and wait for their answer; posting and polling
+//! touch shared memory alone, but for the doorbell of a router that sleeps. The library starts no
+//! threads, installs nothing, and makes its system calls itself, so that libraries that interpose
+//! on libc's do not interpose on it.
+//!
+//! If the router dies, every object stays usable enough to end: work requests are completed with
+//! flush errors, event streams end in a device-fatal event, destroying succeeds.
+
+mod acks;
+mod channel;
+mod context;
+mod cq;
+mod link;
+mod mr;
+mod qp;
+mod session;
+
+pub use channel::CompChannel;
+pub use context::{AsyncEvent, Context, Element, Pd, device};
+pub use cq::{Completion, Cq};
+pub use freeflow_session::DeviceInfo;
+pub use freeflow_shm::Sge;
+pub use freeflow_types::*;
+pub use mr::Mr;
+pub use qp::{Qp, QpInit, RecvQueue, SendQueue, SendWr, UdTarget};
+/// An errno value, as the man pages name it.
+pub use rustix::io::Errno;

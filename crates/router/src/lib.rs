@@ -1,1 +1,292 @@
-//! The router: sessions, engine, placement, accounting
+//! The router: one process per host that carries the verbs of all its endpoints.
+//!
+//! [`Router::start`] makes two threads. One serves sockets: it accepts sessions on endpoints'
+//! sockets and executes control verbs. The other polls the engine, which owns every object and
+//! executes work requests (see ARCHITECTURE.md). Clients are hostile: what they send or write
+//! into shared memory is copied once and then checked; a session that breaks a rule ends with an
+//! [`EndReason`], and all others go on.
+
+#![forbid(unsafe_code)]
+
+mod control;
+mod data;
+mod engine;
+mod exec;
+mod foreign;
+mod lifecycle;
+mod memory;
+mod objects;
+mod receive;
+mod serve;
+mod table;
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use freeflow_api::RouterStatus;
+use freeflow_session::Handle;
+use freeflow_types::{DeviceLimits, VirtualIp};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use crate::serve::{Listeners, Server, Shared};
+
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// How a router behaves.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What the virtual devices offer, and what a session may have.
+    pub limits: DeviceLimits,
+    /// How long a session is watched after its last work, before the router waits for its
+    /// doorbell.
+    pub spin: Duration,
+    /// Rounds without work before the router yields its processor between rounds.
+    pub yield_after: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        // With a core to spare for the router, spinning a while costs nobody anything.
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Config {
+            limits: DeviceLimits::default(),
+            spin: Duration::from_micros(200),
+            yield_after: if cores > 4 { 2000 } else { 20 },
+        }
+    }
+}
+
+/// A container's virtual NIC, as it is to be.
+#[derive(Clone, Debug)]
+pub struct EndpointSpec {
+    /// Name, unique on this host.
+    pub name: String,
+    /// Tenant: endpoints of different tenants never reach each other.
+    pub tenant: String,
+    /// Virtual IP, unique in the tenant; the device's GID.
+    pub ip: VirtualIp,
+    /// Where the endpoint's socket is made.
+    pub socket: PathBuf,
+}
+
+/// Why a router did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum RouterError {
+    /// Another endpoint of the tenant has the address.
+    #[error("address {ip} is in use by endpoint \"{by}\"; choose another with --ip")]
+    AddressInUse {
+        /// The address.
+        ip: VirtualIp,
+        /// Who has it.
+        by: String,
+    },
+    /// Another endpoint has the name.
+    #[error("an endpoint \"{name}\" exists already; choose another with --name")]
+    NameInUse {
+        /// The name.
+        name: String,
+    },
+    /// Not an address that an endpoint may own.
+    #[error("{ip} is not a unicast address that an endpoint can own")]
+    BadAddress {
+        /// The address.
+        ip: VirtualIp,
+    },
+    /// No such endpoint.
+    #[error("there is no endpoint \"{name}\"")]
+    NoEndpoint {
+        /// The name.
+        name: String,
+    },
+    /// The router's tables are full.
+    #[error("the router has no room for another endpoint")]
+    TooMany,
+    /// The operating system refused.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+/// Why a session ended.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EndReason {
+    /// The library closed the connection.
+    #[error("connection closed")]
+    Closed,
+    /// The process is gone.
+    #[error("process exited")]
+    ProcessExited,
+    /// Its endpoint was removed.
+    #[error("endpoint removed")]
+    EndpointRemoved,
+    /// Bytes that are no message.
+    #[error("bad message: {0}")]
+    Message(freeflow_session::DecodeError),
+    /// A library of another version.
+    #[error(
+        "library speaks protocol version {theirs}, this router {}",
+        freeflow_session::PROTOCOL_VERSION
+    )]
+    Version {
+        /// The library's version.
+        theirs: u16,
+    },
+    /// A message that does not belong there.
+    #[error("message out of order")]
+    OutOfOrder,
+    /// A message with descriptors, or one that is too long.
+    #[error("oversized message or unexpected descriptors")]
+    UnexpectedDescriptors,
+    /// It asks, but does not read the answers.
+    #[error("does not read its answers")]
+    DoesNotRead,
+    /// A send ring's index ran away.
+    #[error("send ring of QP {qpn:#x} claims {waiting} requests, more than it holds")]
+    SendIndex {
+        /// The queue pair.
+        qpn: u32,
+        /// The claim.
+        waiting: u64,
+    },
+    /// A receive ring's index ran away.
+    #[error("receive ring of QP {qpn:#x} claims {waiting} requests, more than it holds")]
+    RecvIndex {
+        /// The queue pair.
+        qpn: u32,
+        /// The claim.
+        waiting: u64,
+    },
+}
+
+/// A running router. Dropping it ends all sessions.
+pub struct Router {
+    shared: Arc<Shared>,
+    listeners: Listeners,
+    endpoints: Mutex<HashMap<String, (Handle, PathBuf)>>,
+    stop: Option<OwnedFd>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Router {
+    /// Starts a router with no endpoints.
+    pub fn start(config: Config) -> Result<Router, RouterError> {
+        let io = |what: &str| {
+            let what = what.to_owned();
+            move |e: io::Error| RouterError::Io { what, source: e }
+        };
+        let shared = Shared::new(&config).map_err(|e| io("cannot make doorbells")(e.into()))?;
+        let shared = Arc::new(shared);
+        let (stopped, stop) =
+            freeflow_shm::event_pair().map_err(|e| io("cannot make a socket")(e.into()))?;
+        let (server, listeners) = Server::new(shared.clone(), stopped)
+            .map_err(|e| io("cannot watch sockets")(e.into()))?;
+        let engine = shared.clone();
+        let threads = vec![
+            std::thread::Builder::new()
+                .name("ff-engine".into())
+                .spawn(move || engine.run_engine())
+                .map_err(io("cannot start a thread"))?,
+            std::thread::Builder::new()
+                .name("ff-control".into())
+                .spawn(move || server.run())
+                .map_err(io("cannot start a thread"))?,
+        ];
+        Ok(Router {
+            shared,
+            listeners,
+            endpoints: Mutex::default(),
+            stop: Some(stop),
+            threads,
+        })
+    }
+
+    fn endpoints(&self) -> std::sync::MutexGuard<'_, HashMap<String, (Handle, PathBuf)>> {
+        self.endpoints
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds an endpoint and serves its socket, which is readable and writable by its owner alone.
+    /// A socket that a dead router left at the same place is replaced.
+    pub fn add_endpoint(&self, spec: EndpointSpec) -> Result<(), RouterError> {
+        let mut endpoints = self.endpoints();
+        let handle = self.shared.with(|engine| engine.add_endpoint(&spec))?;
+        let served = listen(&spec.socket)
+            .and_then(|socket| self.listeners.add(handle, socket).map_err(io::Error::from));
+        if let Err(source) = served {
+            self.shared.with(|engine| engine.remove_endpoint(handle));
+            let what = format!(
+                "cannot serve the endpoint's socket {}",
+                spec.socket.display()
+            );
+            return Err(RouterError::Io { what, source });
+        }
+        endpoints.insert(spec.name, (handle, spec.socket));
+        Ok(())
+    }
+
+    /// Removes an endpoint: its sessions end, its socket is gone, its address is free.
+    pub fn remove_endpoint(&self, name: &str) -> Result<(), RouterError> {
+        let Some((handle, socket)) = self.endpoints().remove(name) else {
+            return Err(RouterError::NoEndpoint {
+                name: name.to_owned(),
+            });
+        };
+        self.listeners.remove(handle);
+        let _ = std::fs::remove_file(socket);
+        self.shared.with(|engine| engine.remove_endpoint(handle));
+        Ok(())
+    }
+
+    /// Everything there is to know.
+    pub fn status(&self) -> RouterStatus {
+        let (endpoints, ended_sessions) = self
+            .shared
+            .with(|e| (e.status(), e.ended.iter().cloned().collect()));
+        RouterStatus {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            uptime_ms: self.shared.start.elapsed().as_millis() as u64,
+            endpoints,
+            ended_sessions,
+        }
+    }
+}
+
+impl Drop for Router {
+    fn drop(&mut self) {
+        let names: Vec<_> = self.endpoints().keys().cloned().collect();
+        for name in names {
+            let _ = self.remove_endpoint(&name);
+        }
+        self.stop = None;
+        self.shared.request_stop();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn listen(path: &std::path::Path) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    std::fs::set_permissions(path, PermissionsExt::from_mode(0o600))?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket)
+}

@@ -5,7 +5,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::{Errno, MAX_MESSAGE_BYTES, Reply, Request};
 
 /// Why bytes are not a message.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum DecodeError {
     /// Longer than [`MAX_MESSAGE_BYTES`].
     #[error("message of {0} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")]

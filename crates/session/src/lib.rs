@@ -12,9 +12,11 @@
 #![forbid(unsafe_code)]
 
 mod codec;
+mod event;
 mod message;
 
 pub use codec::{DecodeError, decode_reply, decode_request, encode_reply, encode_request};
+pub use event::Event;
 pub use message::{
     CqCreated, CreateCq, CreateQp, DeviceInfo, Errno, Handle, Invalid, MAX_PIECES, MrRegistered,
     PieceDesc, PieceKind, QpCreated, QpQueried, RegMr, Reply, Request, RingLocation, Welcome,

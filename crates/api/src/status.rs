@@ -1,0 +1,95 @@
+//! What a router says about itself.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// A router and everything it serves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouterStatus {
+    /// Process id.
+    pub pid: u32,
+    /// Version of the software.
+    pub version: String,
+    /// Milliseconds since it started.
+    pub uptime_ms: u64,
+    /// Endpoints, by name.
+    pub endpoints: Vec<EndpointStatus>,
+    /// The sessions that ended last, oldest first.
+    pub ended_sessions: Vec<EndedSession>,
+}
+
+/// An endpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndpointStatus {
+    /// Name, unique on the host.
+    pub name: String,
+    /// Tenant.
+    pub tenant: String,
+    /// Virtual IP.
+    pub ip: IpAddr,
+    /// GID of its device.
+    pub gid: String,
+    /// Its socket.
+    pub socket: PathBuf,
+    /// Processes connected to it.
+    pub sessions: Vec<SessionStatus>,
+    /// What it has done.
+    pub counters: Counters,
+}
+
+/// A process connected to an endpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionStatus {
+    /// Process id, as the router sees it.
+    pub pid: u32,
+    /// User id.
+    pub uid: u32,
+    /// Open devices.
+    pub contexts: u32,
+    /// Protection domains.
+    pub pds: u32,
+    /// Completion queues.
+    pub cqs: u32,
+    /// Queue pairs.
+    pub qps: u32,
+    /// Memory regions.
+    pub mrs: u32,
+    /// Bytes of all memory regions.
+    pub registered_bytes: u64,
+    /// Of these, bytes that could not be shared: they are copied across processes, slower.
+    pub foreign_bytes: u64,
+    /// Bytes of shared pages handed out.
+    pub shared_bytes: u64,
+    /// Milliseconds since it connected.
+    pub connected_for_ms: u64,
+}
+
+/// What an endpoint has done since it was created.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Send requests executed.
+    pub sent_messages: u64,
+    /// Their bytes.
+    pub sent_bytes: u64,
+    /// Messages of peers executed here.
+    pub received_messages: u64,
+    /// Their bytes.
+    pub received_bytes: u64,
+    /// Send requests that completed with an error other than a flush.
+    pub failed_requests: u64,
+    /// Datagrams dropped because nobody could take them.
+    pub dropped_datagrams: u64,
+}
+
+/// A session that ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndedSession {
+    /// Its endpoint.
+    pub endpoint: String,
+    /// Its process.
+    pub pid: u32,
+    /// Why it ended.
+    pub reason: String,
+}

@@ -1,0 +1,432 @@
+//! Queue pairs: posting.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use freeflow_session::{CreateQp, Handle, Reply, Request};
+use freeflow_shm::{QpGeometry, QpRings, RecvEntry, Region, SendEntry, Sge};
+use freeflow_types::{
+    AddressVector, Opcode, QpAttr, QpAttrMask, QpCap, QpState, QpType, SendFlags, WcOpcode,
+};
+use rustix::io::Errno;
+
+use crate::acks::Acks;
+use crate::context::Pd;
+use crate::cq::{Cq, FLUSHED_RECV, load};
+use crate::session::{Retired, Session, unpoisoned};
+
+/// What a queue pair is to be (`struct ibv_qp_init_attr`).
+#[derive(Clone, Copy, Debug)]
+pub struct QpInit<'a> {
+    /// Transport service.
+    pub qp_type: QpType,
+    /// Where send requests complete.
+    pub send_cq: &'a Arc<Cq>,
+    /// Where receive requests complete.
+    pub recv_cq: &'a Arc<Cq>,
+    /// Capacities asked for.
+    pub cap: QpCap,
+    /// Every send request is signaled.
+    pub sq_sig_all: bool,
+}
+
+/// Where a datagram goes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct UdTarget {
+    /// Address.
+    pub av: AddressVector,
+    /// Queue pair number.
+    pub qpn: u32,
+    /// Q_Key.
+    pub qkey: u32,
+}
+
+/// A send work request without its data (`struct ibv_send_wr`).
+#[derive(Clone, Copy, Debug)]
+pub struct SendWr {
+    /// The program's own number.
+    pub wr_id: u64,
+    /// Operation.
+    pub opcode: Opcode,
+    /// Flags.
+    pub flags: SendFlags,
+    /// Immediate data, big endian as the program gives it.
+    pub imm: u32,
+    /// Remote address.
+    pub remote_addr: u64,
+    /// Remote key.
+    pub rkey: u32,
+    /// Atomics: compare or add operand.
+    pub compare_add: u64,
+    /// Atomics: swap operand.
+    pub swap: u64,
+    /// Datagrams: destination.
+    pub ud: UdTarget,
+}
+
+impl Default for SendWr {
+    fn default() -> Self {
+        SendWr {
+            wr_id: 0,
+            opcode: Opcode::Send,
+            flags: SendFlags::empty(),
+            imm: 0,
+            remote_addr: 0,
+            rkey: 0,
+            compare_add: 0,
+            swap: 0,
+            ud: UdTarget::default(),
+        }
+    }
+}
+
+/// Queue pair.
+#[derive(Debug)]
+pub struct Qp {
+    session: Arc<Session>,
+    handle: Handle,
+    qpn: u32,
+    slot: u32,
+    qp_type: QpType,
+    cap: QpCap,
+    send_cq: Arc<Cq>,
+    recv_cq: Arc<Cq>,
+    region: Region,
+    geometry: QpGeometry,
+    /// `enum ibv_qp_state`, as the program last set or saw it.
+    state: AtomicU32,
+    /// Index behind the last request published.
+    send: Mutex<u64>,
+    recv: Mutex<u64>,
+    retired: Arc<Retired>,
+    pub(crate) user: usize,
+    pub(crate) asynchronous: Acks,
+}
+
+impl Pd {
+    /// Creates a queue pair. `user` is what events name it by.
+    pub fn create_qp(self: &Arc<Self>, init: &QpInit<'_>, user: usize) -> Result<Arc<Qp>, Errno> {
+        let session = &self.context.session;
+        let request = Request::CreateQp(CreateQp {
+            pd: self.handle,
+            qp_type: init.qp_type,
+            send_cq: init.send_cq.handle,
+            recv_cq: init.recv_cq.handle,
+            cap: init.cap,
+            sq_sig_all: init.sq_sig_all,
+        });
+        let (Reply::Qp(made), fds) = session.call(&request)? else {
+            return Err(Errno::PROTO);
+        };
+        let region = session.ring(&made.ring, fds)?;
+        let cap = &init.cap;
+        let geometry = QpGeometry::new(
+            cap.max_send_wr,
+            cap.max_recv_wr,
+            cap.max_send_sge.max(1),
+            cap.max_recv_sge.max(1),
+            cap.max_inline,
+        );
+        QpRings::new(region.words(), geometry).ok_or(Errno::PROTO)?;
+        let retired = Arc::new(Retired::default());
+        session.set_retired(made.slot, Some(retired.clone()));
+        let qp = Arc::new(Qp {
+            session: session.clone(),
+            handle: made.qp,
+            qpn: made.qpn.get(),
+            slot: made.slot,
+            qp_type: init.qp_type,
+            cap: made.cap,
+            send_cq: init.send_cq.clone(),
+            recv_cq: init.recv_cq.clone(),
+            region,
+            geometry,
+            state: AtomicU32::new(QpState::Reset.raw()),
+            send: Mutex::new(0),
+            recv: Mutex::new(0),
+            retired,
+            user,
+            asynchronous: Acks::default(),
+        });
+        unpoisoned(&session.qps).insert(made.qp.0, Arc::downgrade(&qp));
+        init.send_cq.attach(&qp);
+        if !Arc::ptr_eq(init.send_cq, init.recv_cq) {
+            init.recv_cq.attach(&qp);
+        }
+        Ok(qp)
+    }
+}
+
+impl Qp {
+    /// Its number.
+    pub fn qpn(&self) -> u32 {
+        self.qpn
+    }
+
+    /// Its capacities.
+    pub fn cap(&self) -> QpCap {
+        self.cap
+    }
+
+    /// Its transport service.
+    pub fn qp_type(&self) -> QpType {
+        self.qp_type
+    }
+
+    /// Its state, as last set or queried by the program.
+    pub fn state(&self) -> QpState {
+        // Relaxed: the router's state is the one that counts.
+        QpState::from_raw(self.state.load(Ordering::Relaxed)).unwrap_or(QpState::Err)
+    }
+
+    fn set_state(&self, state: QpState) {
+        self.state.store(state.raw(), Ordering::Relaxed);
+    }
+
+    fn rings(&self) -> QpRings<'_> {
+        // Checked when made, and neither side changes.
+        match QpRings::new(self.region.words(), self.geometry) {
+            Some(rings) => rings,
+            None => unreachable!("the ring's memory does not shrink"),
+        }
+    }
+
+    /// Modifies attributes (`ibv_modify_qp(3)`).
+    pub fn modify(&self, attr: &QpAttr, mask: QpAttrMask) -> Result<(), Errno> {
+        let request = Request::ModifyQp {
+            qp: self.handle,
+            attr: *attr,
+            mask,
+        };
+        self.session.tell(&request)?;
+        if !mask.contains(QpAttrMask::STATE) {
+            return Ok(());
+        }
+        if attr.state == QpState::Reset {
+            // What was posted is forgotten, and so are its completions.
+            let (send, recv) = (unpoisoned(&self.send), unpoisoned(&self.recv));
+            // Release: as a completion's.
+            self.retired.send.store(*send, Ordering::Release);
+            self.retired.recv.store(*recv, Ordering::Release);
+            self.purge();
+        }
+        self.set_state(attr.state);
+        Ok(())
+    }
+
+    /// All attributes as they are (`ibv_query_qp(3)`).
+    pub fn query(&self) -> Result<QpAttr, Errno> {
+        let (Reply::QpQueried(now), _) =
+            self.session.call(&Request::QueryQp { qp: self.handle })?
+        else {
+            return Err(Errno::PROTO);
+        };
+        self.set_state(now.attr.state);
+        Ok(now.attr)
+    }
+
+    fn purge(&self) {
+        self.send_cq.purge(self.slot, self.qpn);
+        if !Arc::ptr_eq(&self.send_cq, &self.recv_cq) {
+            self.recv_cq.purge(self.slot, self.qpn);
+        }
+    }
+
+    /// Destroys it, when all its events are acknowledged.
+    pub fn destroy(&self) -> Result<(), Errno> {
+        // Before the router gives the slot to another.
+        let mine = Arc::downgrade(&self.retired);
+        self.session
+            .destroy(&Request::DestroyQp { qp: self.handle })?;
+        self.purge();
+        {
+            let mut all = self
+                .session
+                .retired
+                .write()
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            if let Some(slot) = all.get_mut(self.slot as usize)
+                && slot
+                    .as_ref()
+                    .is_some_and(|r| std::ptr::eq(Arc::as_ptr(r), mine.as_ptr()))
+            {
+                *slot = None;
+            }
+        }
+        unpoisoned(&self.session.qps).remove(&self.handle.0);
+        self.asynchronous.wait();
+        Ok(())
+    }
+
+    /// Acknowledges asynchronous events.
+    pub fn ack_async(&self, n: u32) {
+        self.asynchronous.acknowledge(n);
+    }
+
+    /// Locks the send queue to post.
+    pub fn lock_send(&self) -> SendQueue<'_> {
+        let published = unpoisoned(&self.send);
+        SendQueue {
+            qp: self,
+            next: *published,
+            published,
+        }
+    }
+
+    /// Locks the receive queue to post.
+    pub fn lock_recv(&self) -> RecvQueue<'_> {
+        let published = unpoisoned(&self.recv);
+        RecvQueue {
+            qp: self,
+            next: *published,
+            published,
+        }
+    }
+
+    /// The router is gone: takes the oldest request that would have completed in `cq`.
+    pub(crate) fn flush_one(&self, cq: &Cq) -> Option<(u64, WcOpcode)> {
+        let rings = self.rings();
+        if std::ptr::eq(cq, &*self.send_cq) {
+            let send = unpoisoned(&self.send);
+            let at = load(&self.retired.send);
+            if at != *send {
+                let entry = SendEntry::load(self.qp_type, rings.send_slot(at));
+                // Release: as a completion's.
+                self.retired.send.store(at + 1, Ordering::Release);
+                let opcode = Opcode::from_raw(entry.opcode.into()).unwrap_or(Opcode::Send);
+                return Some((entry.wr_id, opcode.wc()));
+            }
+        }
+        if std::ptr::eq(cq, &*self.recv_cq) {
+            let recv = unpoisoned(&self.recv);
+            let at = load(&self.retired.recv);
+            if at != *recv {
+                let mut sges = Vec::new();
+                let entry = RecvEntry::load(rings.recv_slot(at), &mut sges);
+                self.retired.recv.store(at + 1, Ordering::Release);
+                return Some((entry.wr_id, FLUSHED_RECV));
+            }
+        }
+        None
+    }
+}
+
+/// A send queue, locked: requests are pushed, then published together.
+#[derive(Debug)]
+pub struct SendQueue<'a> {
+    qp: &'a Qp,
+    next: u64,
+    published: MutexGuard<'a, u64>,
+}
+
+impl SendQueue<'_> {
+    /// Adds a request. EINVAL: the queue pair's state, type or capacities forbid it; ENOMEM: the
+    /// queue is full.
+    ///
+    /// # Safety
+    ///
+    /// With [`SendFlags::INLINE`], every element points at memory of this process that may be
+    /// read.
+    pub unsafe fn push(&mut self, wr: &SendWr, sges: &[Sge]) -> Result<(), Errno> {
+        let qp = self.qp;
+        let state = qp.state();
+        if matches!(state, QpState::Reset | QpState::Init | QpState::Rtr)
+            || !wr.opcode.allowed_on(qp.qp_type)
+        {
+            return Err(Errno::INVAL);
+        }
+        let inline = wr.flags.contains(SendFlags::INLINE);
+        let total: u64 = sges.iter().map(|s| u64::from(s.length)).sum();
+        let fits = if inline {
+            total <= qp.cap.max_inline.into() && !wr.opcode.is_read_like()
+        } else {
+            sges.len() <= qp.cap.max_send_sge as usize
+        };
+        let atomic = !wr.opcode.is_atomic() || (sges.len() == 1 && total == 8);
+        if !fits || !atomic || total > freeflow_types::MAX_MESSAGE {
+            return Err(Errno::INVAL);
+        }
+        if self.next - load(&qp.retired.send) >= qp.cap.max_send_wr.into() {
+            return Err(Errno::NOMEM);
+        }
+        let rings = qp.rings();
+        let slot = rings.send_slot(self.next);
+        let entry = SendEntry {
+            wr_id: wr.wr_id,
+            opcode: wr.opcode.raw() as u8,
+            flags: wr.flags.bits(),
+            num_sge: if inline { 0 } else { sges.len() as u16 },
+            inline_len: if inline { total as u32 } else { 0 },
+            imm: wr.imm,
+            rkey: wr.rkey,
+            remote_addr: wr.remote_addr,
+            compare_add: wr.compare_add,
+            swap: wr.swap,
+            av: wr.ud.av,
+            remote_qpn: wr.ud.qpn,
+            remote_qkey: wr.ud.qkey,
+        };
+        entry.store(qp.qp_type, slot);
+        if inline {
+            let mut at = 0;
+            for sge in sges.iter().filter(|s| s.length != 0) {
+                let len = sge.length as usize;
+                // SAFETY: the caller promises that the element may be read; the slice lives for
+                // this copy only, and no peer can write the program's private memory.
+                let bytes = unsafe { std::slice::from_raw_parts(sge.addr as *const u8, len) };
+                if !SendEntry::store_inline(slot, at, bytes) {
+                    return Err(Errno::INVAL);
+                }
+                at += len;
+            }
+        } else {
+            SendEntry::store_sges(slot, sges);
+        }
+        self.next += 1;
+        Ok(())
+    }
+
+    /// Publishes what was pushed, and wakes the router if it sleeps.
+    pub fn commit(mut self) {
+        if *self.published != self.next {
+            *self.published = self.next;
+            self.qp.rings().publish_send(self.next);
+            self.qp.session.mark(self.qp.slot);
+        }
+    }
+}
+
+/// A receive queue, locked: requests are pushed, then published together.
+#[derive(Debug)]
+pub struct RecvQueue<'a> {
+    qp: &'a Qp,
+    next: u64,
+    published: MutexGuard<'a, u64>,
+}
+
+impl RecvQueue<'_> {
+    /// Adds a request. EINVAL: the queue pair is in RESET, or there are too many elements;
+    /// ENOMEM: the queue is full.
+    pub fn push(&mut self, wr_id: u64, sges: &[Sge]) -> Result<(), Errno> {
+        let qp = self.qp;
+        if qp.state() == QpState::Reset || sges.len() > qp.cap.max_recv_sge as usize {
+            return Err(Errno::INVAL);
+        }
+        if self.next - load(&qp.retired.recv) >= qp.cap.max_recv_wr.into() {
+            return Err(Errno::NOMEM);
+        }
+        RecvEntry::store(wr_id, sges, qp.rings().recv_slot(self.next));
+        self.next += 1;
+        Ok(())
+    }
+
+    /// Publishes what was pushed.
+    pub fn commit(mut self) {
+        if *self.published != self.next {
+            *self.published = self.next;
+            if self.qp.rings().publish_recv(self.next) {
+                self.qp.session.mark(self.qp.slot);
+            }
+        }
+    }
+}

@@ -1,0 +1,290 @@
+//! The process's session with the router, and what all objects share.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+
+use freeflow_convert::{PageSource, PoolRange};
+use freeflow_session::{DeviceInfo, Handle, PROTOCOL_VERSION, Reply, Request, RingLocation};
+use freeflow_shm::{DirtyMap, Doorbell, Mapping, Region};
+use rustix::io::Errno;
+
+use crate::cq::Cq;
+use crate::link::Link;
+use crate::qp::Qp;
+
+/// Names the endpoint's socket; `freeflow run` sets it.
+const SOCKET_VARIABLE: &str = "FREEFLOW_ENDPOINT";
+
+/// Where the endpoint's socket is in a container that has it mounted.
+const SOCKET_PATH: &str = "/run/freeflow/endpoint.sock";
+
+/// How far the requests of a queue pair are done, by the completions that were polled.
+#[derive(Debug, Default)]
+pub(crate) struct Retired {
+    pub(crate) send: AtomicU64,
+    pub(crate) recv: AtomicU64,
+}
+
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) link: Link,
+    pub(crate) info: DeviceInfo,
+    pid: u32,
+    doorbell: Doorbell,
+    dirty: Region,
+    slabs: Mutex<HashMap<u32, Arc<Mapping>>>,
+    segments: Mutex<HashMap<u32, OwnedFd>>,
+    pub(crate) memory_attached: Mutex<bool>,
+    /// By slot.
+    pub(crate) retired: RwLock<Vec<Option<Arc<Retired>>>>,
+    pub(crate) cqs: Mutex<HashMap<u32, Weak<Cq>>>,
+    pub(crate) qps: Mutex<HashMap<u32, Weak<Qp>>>,
+    /// Empty polls after which a poller yields its processor.
+    pub(crate) yield_after: u32,
+}
+
+static SESSION: Mutex<Option<Arc<Session>>> = Mutex::new(None);
+
+pub(crate) fn unpoisoned<T>(lock: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // A panic aborts the process.
+    lock.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Session {
+    /// The process's session; a new one if there is none, if its router died, or if it is the
+    /// parent's. ENODEV: there is no endpoint here.
+    pub(crate) fn current() -> Result<Arc<Session>, Errno> {
+        let mut current = unpoisoned(&SESSION);
+        match current.take() {
+            Some(session) if session.is_own() && !session.link.check() => {
+                *current = Some(session.clone());
+                return Ok(session);
+            }
+            // The parent's mappings are not in this process: they must not be unmapped here,
+            // where others may be by now.
+            Some(session) if !session.is_own() => std::mem::forget(session),
+            Some(_) => freeflow_convert::lock().forget_source(),
+            None => {}
+        }
+        let session = Arc::new(Session::begin()?);
+        *current = Some(session.clone());
+        Ok(session)
+    }
+
+    fn begin() -> Result<Session, Errno> {
+        let named = std::env::var_os(SOCKET_VARIABLE).map(PathBuf::from);
+        let path = named.clone().unwrap_or_else(|| SOCKET_PATH.into());
+        let link = match Link::connect(&path) {
+            Ok(link) => link,
+            Err(errno) => {
+                if named.is_some() || errno != Errno::NOENT {
+                    complain(&path, errno);
+                }
+                return Err(Errno::NODEV);
+            }
+        };
+        let (welcome, fds) = match link.call(&Request::Hello {
+            version: PROTOCOL_VERSION,
+        }) {
+            Ok((Reply::Welcome(welcome), fds)) => (welcome, fds),
+            Ok(_) => return Err(Errno::PROTO),
+            Err(errno) => {
+                complain(&path, errno);
+                return Err(Errno::NODEV);
+            }
+        };
+        let mut fds = fds.into_iter();
+        let (Some(doorbell), Some(slab)) = (fds.next(), fds.next()) else {
+            return Err(Errno::PROTO);
+        };
+        let mapping = map_slab(&slab, &welcome.region)?;
+        let dirty = region(&mapping, &welcome.region)?;
+        let slabs = HashMap::from([(welcome.region.slab, mapping)]);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Session {
+            link,
+            info: welcome.device,
+            pid: std::process::id(),
+            doorbell: Doorbell::from_fd(doorbell),
+            dirty,
+            slabs: Mutex::new(slabs),
+            segments: Mutex::default(),
+            memory_attached: Mutex::new(false),
+            retired: RwLock::default(),
+            cqs: Mutex::default(),
+            qps: Mutex::default(),
+            // With a core for everybody, yielding only costs the poller time.
+            yield_after: if cores > 4 { 2000 } else { 20 },
+        })
+    }
+
+    /// Whether this is the process that began it, not its child.
+    pub(crate) fn is_own(&self) -> bool {
+        self.pid == std::process::id()
+    }
+
+    /// Asks the router; a child of `fork` may not ask in its parent's name.
+    pub(crate) fn call(&self, request: &Request) -> Result<(Reply, Vec<OwnedFd>), Errno> {
+        if self.is_own() {
+            self.link.call(request)
+        } else {
+            Err(Errno::INVAL)
+        }
+    }
+
+    /// Asks for something that only succeeds or fails.
+    pub(crate) fn tell(&self, request: &Request) -> Result<(), Errno> {
+        self.call(request).map(|_| ())
+    }
+
+    /// As [`Self::tell`], to destroy something: with a dead router, it is gone already.
+    pub(crate) fn destroy(&self, request: &Request) -> Result<(), Errno> {
+        match self.tell(request) {
+            Err(Errno::IO) if self.link.is_dead() => Ok(()),
+            other => other,
+        }
+    }
+
+    /// The memory of a ring that the router has made.
+    pub(crate) fn ring(&self, at: &RingLocation, fds: Vec<OwnedFd>) -> Result<Region, Errno> {
+        let mut slabs = unpoisoned(&self.slabs);
+        if let Some(fd) = fds.first() {
+            slabs.insert(at.slab, map_slab(fd, at)?);
+        }
+        region(slabs.get(&at.slab).ok_or(Errno::PROTO)?, at)
+    }
+
+    /// Tells the router that a queue pair has new work.
+    pub(crate) fn mark(&self, slot: u32) {
+        if let Some(map) = DirtyMap::new(self.dirty.words())
+            && map.mark(slot)
+        {
+            self.doorbell.ring();
+        }
+    }
+
+    pub(crate) fn set_retired(&self, slot: u32, retired: Option<Arc<Retired>>) {
+        let mut all = self.retired.write().unwrap_or_else(PoisonError::into_inner);
+        let slot = slot as usize;
+        if all.len() <= slot {
+            all.resize(slot + 1, None);
+        }
+        all[slot] = retired;
+    }
+
+    /// A completion was polled: its request, and all before it in its queue, are done.
+    pub(crate) fn retire(all: &[Option<Arc<Retired>>], slot: u32, is_send: bool, to: u64) {
+        if let Some(Some(retired)) = all.get(slot as usize) {
+            let queue = if is_send {
+                &retired.send
+            } else {
+                &retired.recv
+            };
+            // Release: the slots were read by the router before (edge: the poster's load).
+            queue.store(to, Ordering::Release);
+        }
+    }
+
+    /// Lets the router reach this process's memory, for pages that cannot be shared.
+    pub(crate) fn attach_memory(&self) -> Result<(), Errno> {
+        let mut attached = unpoisoned(&self.memory_attached);
+        if !*attached {
+            if let Ok(router) = self.link.peer() {
+                // Only Yama's restricted ptrace needs it; elsewhere it fails and does no harm.
+                let _ = rustix::process::set_ptracer(rustix::process::PTracer::ProcessID(router));
+            }
+            self.tell(&Request::AttachMemory)?;
+            *attached = true;
+        }
+        Ok(())
+    }
+}
+
+fn map_slab(fd: &OwnedFd, at: &RingLocation) -> Result<Arc<Mapping>, Errno> {
+    let mapping = Mapping::new(fd, at.slab_len)?;
+    mapping.exclude_from_fork()?;
+    Ok(Arc::new(mapping))
+}
+
+fn region(mapping: &Arc<Mapping>, at: &RingLocation) -> Result<Region, Errno> {
+    Region::new(mapping.clone(), at.offset, at.len).map_err(|_| Errno::PROTO)
+}
+
+/// Says once why there is no device although there should be one.
+fn complain(path: &std::path::Path, errno: Errno) {
+    static SAID: std::sync::Once = std::sync::Once::new();
+    SAID.call_once(|| {
+        let line = format!(
+            "freeflow: no RDMA device: cannot open a session at {}: {errno}; is its router running?\n",
+            path.display()
+        );
+        let _ = rustix::io::write(rustix::stdio::stderr(), line.as_bytes());
+    });
+}
+
+/// Shared pages, from the router.
+pub(crate) struct Pages<'a> {
+    session: &'a Session,
+    segments: std::sync::MutexGuard<'a, HashMap<u32, OwnedFd>>,
+}
+
+impl<'a> Pages<'a> {
+    pub(crate) fn of(session: &'a Session) -> Self {
+        Pages {
+            session,
+            segments: unpoisoned(&session.segments),
+        }
+    }
+}
+
+impl PageSource for Pages<'_> {
+    fn alloc(&mut self, len: u64) -> Result<PoolRange, Errno> {
+        match self.session.call(&Request::AllocPages { len })? {
+            (
+                Reply::Pages {
+                    segment, offset, ..
+                },
+                fds,
+            ) => {
+                if let Some(fd) = fds.into_iter().next() {
+                    self.segments.insert(segment, fd);
+                }
+                Ok(PoolRange {
+                    segment,
+                    offset,
+                    len,
+                })
+            }
+            _ => Err(Errno::PROTO),
+        }
+    }
+
+    fn free(&mut self, range: PoolRange) {
+        let PoolRange {
+            segment,
+            offset,
+            len,
+        } = range;
+        // A router that is gone has freed it; any other refusal leaves it to the session's end.
+        let _ = self.session.tell(&Request::FreePages {
+            segment,
+            offset,
+            len,
+        });
+    }
+
+    fn fd(&self, segment: u32) -> Option<BorrowedFd<'_>> {
+        Some(self.segments.get(&segment)?.as_fd())
+    }
+}
+
+/// The handle in a reply that creates something.
+pub(crate) fn created(reply: Reply) -> Result<Handle, Errno> {
+    match reply {
+        Reply::Created(handle) => Ok(handle),
+        _ => Err(Errno::PROTO),
+    }
+}

@@ -1,0 +1,678 @@
+//! Control verbs: what a session's requests do to the engine's objects.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use freeflow_session::{
+    CqCreated, CreateCq, CreateQp, Errno as WireErrno, Handle, MrRegistered, PROTOCOL_VERSION,
+    PieceKind, QpCreated, QpQueried, RegMr, Reply, Request, RingLocation, Welcome,
+};
+use freeflow_shm::{CqRing, QpGeometry, Region, event_pair};
+use freeflow_transport::{ModifyLimits, Qp};
+use freeflow_types::{Access, Key, Mtu, QpAttr, QpAttrMask, QpCap, QpState, QpType, Qpn};
+use rustix::io::Errno;
+
+use crate::engine::Engine;
+use crate::foreign::ForeignMemory;
+use crate::memory::Range;
+use crate::objects::{
+    Backing, Channel, Context, Cq, Mr, Pd, Piece, QpObject, Session, Waiting, bytes_of_words,
+};
+
+/// QPNs that were freed lately and are not given again.
+const QPNS_AT_REST: usize = 4096;
+
+/// An answer and the descriptors beside it.
+pub(crate) struct Answer {
+    pub(crate) reply: Result<Reply, WireErrno>,
+    pub(crate) fds: Vec<Arc<OwnedFd>>,
+}
+
+/// Memory of a new ring: the range, its view, what the library must know, and the slab if it is
+/// new to it.
+struct Ring {
+    range: Range,
+    region: Region,
+    location: RingLocation,
+    fds: Vec<Arc<OwnedFd>>,
+}
+
+type Outcome = Result<(Reply, Vec<Arc<OwnedFd>>), Errno>;
+
+fn done() -> Outcome {
+    Ok((Reply::Done, Vec::new()))
+}
+
+fn created(handle: Handle, fd: Option<OwnedFd>) -> Outcome {
+    Ok((
+        Reply::Created(handle),
+        fd.into_iter().map(Arc::new).collect(),
+    ))
+}
+
+impl Engine {
+    /// Executes one request of a session, which was validated.
+    pub(crate) fn handle(&mut self, session: Handle, request: Request) -> Answer {
+        let result = match request.validate(&self.limits) {
+            Ok(()) => self.dispatch(session, request),
+            Err(_) => Err(Errno::INVAL),
+        };
+        match result {
+            Ok((reply, fds)) => Answer {
+                reply: Ok(reply),
+                fds,
+            },
+            Err(errno) => {
+                let reply = Err(WireErrno(errno.raw_os_error()));
+                Answer {
+                    reply,
+                    fds: Vec::new(),
+                }
+            }
+        }
+    }
+
+    fn dispatch(&mut self, session: Handle, request: Request) -> Outcome {
+        match request {
+            // The first hello is answered before the session exists.
+            Request::Hello { .. } => Err(Errno::PROTO),
+            Request::OpenContext => self.open_context(session),
+            Request::CloseContext { context } => self.close_context(session, context),
+            Request::AllocPd { context } => self.alloc_pd(session, context),
+            Request::DeallocPd { pd } => self.dealloc_pd(session, pd),
+            Request::AllocPages { len } => self.alloc_pages(session, len),
+            Request::FreePages {
+                segment,
+                offset,
+                len,
+            } => {
+                let s = self.sessions.get_mut(session).ok_or(Errno::INVAL)?;
+                s.segments.free(Range {
+                    area: segment,
+                    offset,
+                    len,
+                })?;
+                done()
+            }
+            Request::AttachMemory => self.attach_memory(session),
+            Request::RegMr(request) => self.reg_mr(session, &request),
+            Request::DeregMr { mr } => self.dereg_mr(session, mr),
+            Request::CreateChannel { context } => self.create_channel(session, context),
+            Request::DestroyChannel { channel } => self.destroy_channel(session, channel),
+            Request::CreateCq(request) => self.create_cq(session, &request),
+            Request::ResizeCq { cq, cqe } => self.resize_cq(session, cq, cqe),
+            Request::DestroyCq { cq } => self.destroy_cq(session, cq),
+            Request::CreateQp(request) => self.create_qp(session, &request),
+            Request::ModifyQp { qp, attr, mask } => self.modify_qp(session, qp, &attr, mask),
+            Request::QueryQp { qp } => {
+                let q = self.own_qp(session, qp)?;
+                Ok((
+                    Reply::QpQueried(QpQueried {
+                        attr: q.transport.query(),
+                    }),
+                    Vec::new(),
+                ))
+            }
+            Request::DestroyQp { qp } => {
+                self.own_qp(session, qp)?;
+                self.remove_qp(qp);
+                done()
+            }
+        }
+    }
+
+    fn session_mut(&mut self, session: Handle) -> Result<&mut Session, Errno> {
+        self.sessions.get_mut(session).ok_or(Errno::INVAL)
+    }
+
+    fn own_qp(&self, session: Handle, qp: Handle) -> Result<&QpObject, Errno> {
+        self.qps
+            .get(qp)
+            .filter(|q| q.session == session)
+            .ok_or(Errno::INVAL)
+    }
+
+    fn own_pd(&mut self, session: Handle, pd: Handle) -> Result<&mut Pd, Errno> {
+        self.pds
+            .get_mut(pd)
+            .filter(|p| p.session == session)
+            .ok_or(Errno::INVAL)
+    }
+
+    fn own_cq(&mut self, session: Handle, cq: Handle) -> Result<&mut Cq, Errno> {
+        self.cqs
+            .get_mut(cq)
+            .filter(|c| c.session == session)
+            .ok_or(Errno::INVAL)
+    }
+
+    fn own_channel(&mut self, session: Handle, ch: Handle) -> Result<&mut Channel, Errno> {
+        self.channels
+            .get_mut(ch)
+            .filter(|c| c.session == session)
+            .ok_or(Errno::INVAL)
+    }
+
+    fn own_context(&self, session: Handle, context: Handle) -> Result<(), Errno> {
+        let own = self
+            .contexts
+            .get(context)
+            .is_some_and(|c| c.session == session);
+        if own { Ok(()) } else { Err(Errno::INVAL) }
+    }
+
+    /// What a new session is told.
+    pub(crate) fn welcome(&mut self, session: Handle) -> Option<Welcome> {
+        let s = self.sessions.get(session)?;
+        let endpoint = self.endpoints.get(s.endpoint)?;
+        let device = freeflow_session::DeviceInfo {
+            node_guid: node_guid(endpoint.gid.0),
+            gids: vec![endpoint.gid],
+            limits: self.limits,
+            endpoint: endpoint.name.clone(),
+            page_size: crate::memory::page_size(),
+        };
+        let len = bytes_of_words(freeflow_shm::DirtyMap::WORDS);
+        let region = RingLocation {
+            slab: 0,
+            slab_len: s.slabs.size(0),
+            offset: 0,
+            len,
+        };
+        Some(Welcome {
+            version: PROTOCOL_VERSION,
+            device,
+            region,
+        })
+    }
+
+    fn open_context(&mut self, session: Handle) -> Outcome {
+        let (router, program) = event_pair()?;
+        let context = Context {
+            session,
+            events: Arc::new(router),
+        };
+        let context = self.contexts.insert(context).ok_or(Errno::NOMEM)?;
+        self.session_mut(session)?.counts.contexts += 1;
+        created(context, Some(program))
+    }
+
+    fn close_context(&mut self, session: Handle, context: Handle) -> Outcome {
+        self.own_context(session, context)?;
+        self.remove_context(context);
+        self.session_mut(session)?.counts.contexts -= 1;
+        done()
+    }
+
+    /// Removes a context with all that is left in it, in the order that uses allow.
+    pub(crate) fn remove_context(&mut self, context: Handle) {
+        fn of<T>(
+            table: &crate::table::Table<T>,
+            context: Handle,
+            owner: impl Fn(&T) -> Handle,
+        ) -> Vec<Handle> {
+            table
+                .iter()
+                .filter(|(_, t)| owner(t) == context)
+                .map(|(h, _)| h)
+                .collect()
+        }
+        for qp in of(&self.qps, context, |q| q.context) {
+            self.remove_qp(qp);
+        }
+        for cq in of(&self.cqs, context, |c| c.context) {
+            self.remove_cq(cq);
+        }
+        for mr in of(&self.mrs, context, |m| m.context) {
+            self.remove_mr(mr);
+        }
+        for channel in of(&self.channels, context, |c| c.context) {
+            self.channels.remove(channel);
+        }
+        for pd in of(&self.pds, context, |p| p.context) {
+            self.pds.remove(pd);
+        }
+        self.contexts.remove(context);
+    }
+
+    fn alloc_pd(&mut self, session: Handle, context: Handle) -> Outcome {
+        self.own_context(session, context)?;
+        let limit = self.limits.max_pd;
+        let s = self.session_mut(session)?;
+        if s.counts.pds >= limit {
+            return Err(Errno::NOMEM);
+        }
+        s.counts.pds += 1;
+        created(
+            self.pds
+                .insert(Pd {
+                    session,
+                    context,
+                    users: 0,
+                })
+                .ok_or(Errno::NOMEM)?,
+            None,
+        )
+    }
+
+    fn dealloc_pd(&mut self, session: Handle, pd: Handle) -> Outcome {
+        if self.own_pd(session, pd)?.users != 0 {
+            return Err(Errno::BUSY);
+        }
+        self.pds.remove(pd);
+        self.session_mut(session)?.counts.pds -= 1;
+        done()
+    }
+
+    fn alloc_pages(&mut self, session: Handle, len: u64) -> Outcome {
+        let s = self.session_mut(session)?;
+        let range = s.segments.alloc(len)?;
+        let segment_len = s.segments.size(range.area);
+        let fds = s.segments.show(range.area).into_iter().collect();
+        let reply = Reply::Pages {
+            segment: range.area,
+            segment_len,
+            offset: range.offset,
+        };
+        Ok((reply, fds))
+    }
+
+    fn attach_memory(&mut self, session: Handle) -> Outcome {
+        let s = self.session_mut(session)?;
+        if s.memory.is_none() {
+            s.memory = Some(ForeignMemory::open(s.peer.pid, s.peer.uid)?);
+        }
+        done()
+    }
+
+    fn reg_mr(&mut self, session: Handle, request: &RegMr) -> Outcome {
+        let remote_change = Access::REMOTE_WRITE | Access::REMOTE_ATOMIC;
+        let access = request.access;
+        if access.intersects(remote_change) && !access.contains(Access::LOCAL_WRITE) {
+            return Err(Errno::INVAL);
+        }
+        let context = self.own_pd(session, request.pd)?.context;
+        let limit = self.limits.max_mr;
+        let s = self.sessions.get(session).ok_or(Errno::INVAL)?;
+        if s.counts.mrs >= limit {
+            return Err(Errno::NOMEM);
+        }
+        let mut pieces = Vec::with_capacity(request.pieces.len());
+        let (mut start, mut foreign) = (0, 0);
+        for piece in request.pieces.iter().filter(|p| p.len != 0) {
+            let backing = match piece.kind {
+                PieceKind::Pool { segment, offset } => {
+                    // Validated not to overflow.
+                    if offset + piece.len > s.segments.size(segment) {
+                        return Err(Errno::INVAL);
+                    }
+                    Backing::Pool { segment, offset }
+                }
+                PieceKind::Foreign { addr } => {
+                    if s.memory.is_none() {
+                        return Err(Errno::PERM);
+                    }
+                    foreign += piece.len;
+                    Backing::Foreign { addr }
+                }
+            };
+            pieces.push(Piece {
+                start,
+                len: piece.len,
+                backing,
+            });
+            start += piece.len;
+        }
+        let key = loop {
+            let key = random_u32()?;
+            if key != 0 && !s.keys.contains_key(&key) {
+                break key;
+            }
+        };
+        let mr = Mr {
+            session,
+            context,
+            pd: request.pd,
+            key: Key(key),
+            iova: request.iova,
+            len: request.len,
+            access,
+            pieces,
+        };
+        let mr = self.mrs.insert(mr).ok_or(Errno::NOMEM)?;
+        let s = self.session_mut(session)?;
+        s.keys.insert(key, mr);
+        s.counts.mrs += 1;
+        s.counts.registered += request.len;
+        s.counts.foreign += foreign;
+        self.own_pd(session, request.pd)?.users += 1;
+        Ok((Reply::Mr(MrRegistered { mr, key: Key(key) }), Vec::new()))
+    }
+
+    fn dereg_mr(&mut self, session: Handle, mr: Handle) -> Outcome {
+        self.mrs
+            .get(mr)
+            .filter(|m| m.session == session)
+            .ok_or(Errno::INVAL)?;
+        self.remove_mr(mr);
+        done()
+    }
+
+    fn remove_mr(&mut self, mr: Handle) {
+        let Some(m) = self.mrs.remove(mr) else { return };
+        if let Some(pd) = self.pds.get_mut(m.pd) {
+            pd.users -= 1;
+        }
+        if let Some(s) = self.sessions.get_mut(m.session) {
+            let foreign = |p: &&Piece| matches!(p.backing, Backing::Foreign { .. });
+            s.keys.remove(&m.key.0);
+            s.counts.mrs -= 1;
+            s.counts.registered -= m.len;
+            s.counts.foreign -= m.pieces.iter().filter(foreign).map(|p| p.len).sum::<u64>();
+        }
+    }
+
+    fn create_channel(&mut self, session: Handle, context: Handle) -> Outcome {
+        self.own_context(session, context)?;
+        let limit = self.limits.max_cq;
+        if self.session_mut(session)?.counts.channels >= limit {
+            return Err(Errno::NOMEM);
+        }
+        let (router, program) = event_pair()?;
+        let channel = Channel {
+            session,
+            context,
+            events: Arc::new(router),
+            users: 0,
+        };
+        let channel = self.channels.insert(channel).ok_or(Errno::NOMEM)?;
+        self.session_mut(session)?.counts.channels += 1;
+        created(channel, Some(program))
+    }
+
+    fn destroy_channel(&mut self, session: Handle, channel: Handle) -> Outcome {
+        if self.own_channel(session, channel)?.users != 0 {
+            return Err(Errno::BUSY);
+        }
+        self.channels.remove(channel);
+        self.session_mut(session)?.counts.channels -= 1;
+        done()
+    }
+
+    /// Allocates ring memory: the range, its view, and what the library must know.
+    fn alloc_ring(&mut self, session: Handle, len: u64) -> Result<Ring, Errno> {
+        let s = self.session_mut(session)?;
+        let range = s.slabs.alloc(len)?;
+        let mapping = s.slabs.mapping(range.area).ok_or(Errno::NOMEM)?.clone();
+        let region = Region::new(mapping, range.offset, len).map_err(|_| Errno::NOMEM)?;
+        let location = RingLocation {
+            slab: range.area,
+            slab_len: s.slabs.size(range.area),
+            offset: range.offset,
+            len,
+        };
+        let fds = s.slabs.show(range.area).into_iter().collect();
+        Ok(Ring {
+            range,
+            region,
+            location,
+            fds,
+        })
+    }
+
+    fn create_cq(&mut self, session: Handle, request: &CreateCq) -> Outcome {
+        self.own_context(session, request.context)?;
+        if let Some(channel) = request.channel
+            && self.own_channel(session, channel)?.context != request.context
+        {
+            return Err(Errno::INVAL);
+        }
+        let limit = self.limits.max_cq;
+        if self.session_mut(session)?.counts.cqs >= limit {
+            return Err(Errno::NOMEM);
+        }
+        let entries = request.cqe.next_power_of_two();
+        let len = bytes_of_words(CqRing::words(entries));
+        let Ring {
+            range: memory,
+            region,
+            location: ring,
+            fds,
+        } = self.alloc_ring(session, len)?;
+        let cq = Cq {
+            session,
+            context: request.context,
+            channel: request.channel,
+            users: 0,
+            memory,
+            region,
+            entries,
+            produced: 0,
+            overrun: false,
+        };
+        let cq = self.cqs.insert(cq).ok_or(Errno::NOMEM)?;
+        self.session_mut(session)?.counts.cqs += 1;
+        if let Some(channel) = request.channel {
+            self.own_channel(session, channel)?.users += 1;
+        }
+        Ok((Reply::Cq(CqCreated { cq, entries, ring }), fds))
+    }
+
+    fn resize_cq(&mut self, session: Handle, cq: Handle, cqe: u32) -> Outcome {
+        let _ = (self.own_cq(session, cq)?, cqe);
+        Err(Errno::OPNOTSUPP)
+    }
+
+    fn destroy_cq(&mut self, session: Handle, cq: Handle) -> Outcome {
+        if self.own_cq(session, cq)?.users != 0 {
+            return Err(Errno::BUSY);
+        }
+        self.remove_cq(cq);
+        done()
+    }
+
+    fn remove_cq(&mut self, cq: Handle) {
+        let Some(c) = self.cqs.remove(cq) else { return };
+        if let Some(channel) = c.channel.and_then(|ch| self.channels.get_mut(ch)) {
+            channel.users -= 1;
+        }
+        if let Some(s) = self.sessions.get_mut(c.session) {
+            s.counts.cqs -= 1;
+            // It was handed out by the same areas.
+            let _ = s.slabs.free(c.memory);
+        }
+    }
+
+    fn create_qp(&mut self, session: Handle, request: &CreateQp) -> Outcome {
+        if !matches!(request.qp_type, QpType::Rc | QpType::Uc | QpType::Ud) {
+            return Err(Errno::OPNOTSUPP);
+        }
+        let context = self.own_pd(session, request.pd)?.context;
+        for cq in [request.send_cq, request.recv_cq] {
+            if self.own_cq(session, cq)?.context != context {
+                return Err(Errno::INVAL);
+            }
+        }
+        let limit = self.limits.max_qp;
+        if self.session_mut(session)?.counts.qps >= limit {
+            return Err(Errno::NOMEM);
+        }
+        let cap = &request.cap;
+        let geometry = QpGeometry::new(
+            cap.max_send_wr,
+            cap.max_recv_wr,
+            cap.max_send_sge.max(1),
+            cap.max_recv_sge.max(1),
+            cap.max_inline,
+        );
+        let cap = QpCap {
+            max_send_wr: geometry.send_entries(),
+            max_recv_wr: geometry.recv_entries(),
+            max_send_sge: geometry.send_sge().min(self.limits.max_sge),
+            max_recv_sge: cap.max_recv_sge.max(1),
+            max_inline: geometry.inline().min(self.limits.max_inline),
+        };
+        let qpn = self.new_qpn()?;
+        let endpoint = self.session_mut(session)?.endpoint;
+        let len = bytes_of_words(geometry.words());
+        let Ring {
+            range: memory,
+            region,
+            location: ring,
+            fds,
+        } = self.alloc_ring(session, len)?;
+        let s = self.session_mut(session)?;
+        let slot = match s.free_slots.pop_front() {
+            Some(slot) => slot,
+            None => {
+                s.slots.push(None);
+                s.slots.len() as u32 - 1
+            }
+        };
+        let qp = QpObject {
+            session,
+            endpoint,
+            context,
+            pd: request.pd,
+            qp_type: request.qp_type,
+            qpn,
+            slot,
+            send_cq: request.send_cq,
+            recv_cq: request.recv_cq,
+            sq_sig_all: request.sq_sig_all,
+            transport: Qp::new(request.qp_type, cap),
+            memory,
+            region,
+            geometry,
+            send_head: 0,
+            recv_head: 0,
+            path: None,
+            current: None,
+            taken: None,
+            waiting: Waiting::No,
+            timer_epoch: 0,
+            queued: false,
+            established: false,
+            draining: false,
+        };
+        let qp = self.qps.insert(qp).ok_or(Errno::NOMEM)?;
+        let s = self.session_mut(session)?;
+        s.slots[slot as usize] = Some(qp);
+        s.counts.qps += 1;
+        self.by_qpn.insert(qpn.get(), qp);
+        self.own_pd(session, request.pd)?.users += 1;
+        self.own_cq(session, request.send_cq)?.users += 1;
+        self.own_cq(session, request.recv_cq)?.users += 1;
+        Ok((
+            Reply::Qp(QpCreated {
+                qp,
+                qpn,
+                slot,
+                cap,
+                ring,
+            }),
+            fds,
+        ))
+    }
+
+    /// A random QPN that nobody has and nobody had lately.
+    fn new_qpn(&self) -> Result<Qpn, Errno> {
+        loop {
+            let qpn = random_u32()? & Qpn::MASK;
+            let special = qpn < 16 || qpn == Qpn::MASK;
+            if !special && !self.by_qpn.contains_key(&qpn) && !self.recent_qpns.contains(&qpn) {
+                return Ok(Qpn::new(qpn));
+            }
+        }
+    }
+
+    fn modify_qp(
+        &mut self,
+        session: Handle,
+        qp: Handle,
+        attr: &QpAttr,
+        mask: QpAttrMask,
+    ) -> Outcome {
+        let limits = ModifyLimits {
+            max_rd_atomic: self.limits.max_rd_atomic,
+            active_mtu: Mtu::B4096,
+            gids: 1,
+        };
+        let q = self.own_qp(session, qp)?;
+        let was = q.transport.state();
+        let q = self.qps.get_mut(qp).ok_or(Errno::INVAL)?;
+        let change = q
+            .transport
+            .modify(attr, mask, &limits)
+            .map_err(|_| Errno::INVAL)?;
+        q.path = None;
+        match change.to {
+            QpState::Reset => {
+                q.current = None;
+                q.taken = None;
+                q.established = false;
+                if let Some(rings) = q.rings() {
+                    let heads = (rings.send_produced(), rings.recv_produced());
+                    (q.send_head, q.recv_head) = heads;
+                }
+                self.resume(qp);
+            }
+            QpState::Rtr | QpState::Rts => {
+                self.resume(qp);
+                // A peer that waits for us need not wait out its timer.
+                if was != change.to
+                    && let Some(peer) = self.peer(qp)
+                    && self
+                        .qps
+                        .get(peer)
+                        .is_some_and(|p| p.waiting == Waiting::Peer)
+                {
+                    self.resume(peer);
+                }
+            }
+            QpState::Sqd if was == QpState::Rts => self.drain(qp),
+            _ => self.resume(qp),
+        }
+        done()
+    }
+
+    /// Removes a queue pair; what is posted on it is forgotten without a completion.
+    pub(crate) fn remove_qp(&mut self, qp: Handle) {
+        let Some(q) = self.qps.remove(qp) else { return };
+        self.by_qpn.remove(&q.qpn.get());
+        self.recent_qpns.push_back(q.qpn.get());
+        if self.recent_qpns.len() > QPNS_AT_REST {
+            self.recent_qpns.pop_front();
+        }
+        if let Some(pd) = self.pds.get_mut(q.pd) {
+            pd.users -= 1;
+        }
+        for cq in [q.send_cq, q.recv_cq] {
+            if let Some(cq) = self.cqs.get_mut(cq) {
+                cq.users -= 1;
+            }
+        }
+        if let Some(s) = self.sessions.get_mut(q.session) {
+            s.counts.qps -= 1;
+            if let Some(slot) = s.slots.get_mut(q.slot as usize) {
+                *slot = None;
+                s.free_slots.push_back(q.slot);
+            }
+            // It was handed out by the same areas.
+            let _ = s.slabs.free(q.memory);
+        }
+    }
+}
+
+/// A GUID of FreeFlow's own, local by its universal/local bit, from an endpoint's address.
+fn node_guid(gid: [u8; 16]) -> u64 {
+    let mut guid = [0; 8];
+    guid.copy_from_slice(&gid[8..]);
+    let mut bytes = [0x02, 0x46, 0x46, 0xFF, 0xFE, guid[5], guid[6], guid[7]];
+    bytes[2] ^= guid[4];
+    u64::from_be_bytes(bytes)
+}
+
+fn random_u32() -> Result<u32, Errno> {
+    getrandom::u32().map_err(|_| Errno::AGAIN)
+}

@@ -1,0 +1,66 @@
+//! The application's own memory, reached across processes: for pages that cannot be shared.
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+
+use rustix::io::Errno;
+
+/// A process's memory, bound to the address space it had when it was opened: neither `exec` nor
+/// the reuse of its process id makes it another one's.
+#[derive(Debug)]
+pub(crate) struct ForeignMemory(File);
+
+impl ForeignMemory {
+    /// Opens the memory of the process that opened a session, as user `uid`.
+    ///
+    /// The process may be hostile and race with us by executing a set-user-id program. What was
+    /// opened before that is bound to the old address space; what was opened after it belongs to
+    /// the new user, which the second look at the owner shows.
+    pub(crate) fn open(pid: u32, uid: u32) -> Result<Self, Errno> {
+        let path = format!("/proc/{pid}/mem");
+        let errno = |e: std::io::Error| Errno::from_io_error(&e).unwrap_or(Errno::IO);
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .map_err(errno)?;
+        let owner = std::fs::symlink_metadata(&path).map_err(errno)?.uid();
+        if owner == uid {
+            Ok(ForeignMemory(file))
+        } else {
+            Err(Errno::PERM)
+        }
+    }
+
+    /// Reads from the process; false if any byte cannot be read.
+    pub(crate) fn read(&self, addr: u64, out: &mut [u8]) -> bool {
+        self.0.read_exact_at(out, addr).is_ok()
+    }
+
+    /// Writes to the process; false if any byte cannot be written.
+    pub(crate) fn write(&self, addr: u64, bytes: &[u8]) -> bool {
+        self.0.write_all_at(bytes, addr).is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_memory_is_reached_and_holes_are_not() {
+        let uid = rustix::process::getuid().as_raw();
+        let memory = ForeignMemory::open(std::process::id(), uid).unwrap();
+        let mut bytes = *b"abcd";
+        let addr = bytes.as_mut_ptr() as u64;
+        assert!(memory.write(addr, b"wxyz"));
+        let mut out = [0; 4];
+        assert!(memory.read(addr, &mut out));
+        assert_eq!(&out, b"wxyz");
+        assert_eq!(std::hint::black_box(&bytes), b"wxyz");
+        assert!(!memory.read(8, &mut out));
+        assert!(!memory.write(8, b"x"));
+        let other = ForeignMemory::open(std::process::id(), uid + 1);
+        assert_eq!(other.unwrap_err(), Errno::PERM);
+    }
+}

@@ -1,0 +1,207 @@
+//! Endpoints and sessions: how they begin and end.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use freeflow_session::Handle;
+use freeflow_shm::{DirtyMap, Doorbell, Region};
+use freeflow_types::{Gid, TenantId};
+use rustc_hash::FxHashMap;
+use rustix::io::Errno;
+
+use crate::engine::Engine;
+use crate::memory::Areas;
+use crate::objects::{Counts, Endpoint, Peer, Session, bytes_of_words};
+use crate::{EndReason, EndpointSpec, RouterError};
+
+/// Sessions that ended and are still told of in the status.
+const ENDED_KEPT: usize = 64;
+
+impl Engine {
+    /// Adds an endpoint.
+    pub(crate) fn add_endpoint(&mut self, spec: &EndpointSpec) -> Result<Handle, RouterError> {
+        if !spec.ip.is_assignable() {
+            return Err(RouterError::BadAddress { ip: spec.ip });
+        }
+        if self.endpoints.iter().any(|(_, e)| e.name == spec.name) {
+            return Err(RouterError::NameInUse {
+                name: spec.name.clone(),
+            });
+        }
+        let next = TenantId(self.tenants.len() as u32 + 1);
+        let tenant = *self.tenants.entry(spec.tenant.clone()).or_insert(next);
+        let gid = Gid::from(spec.ip);
+        if let Some(by) = self
+            .by_gid
+            .get(&(tenant, gid))
+            .and_then(|&e| self.endpoints.get(e))
+        {
+            return Err(RouterError::AddressInUse {
+                ip: spec.ip,
+                by: by.name.clone(),
+            });
+        }
+        let endpoint = Endpoint {
+            name: spec.name.clone(),
+            tenant,
+            tenant_name: spec.tenant.clone(),
+            ip: spec.ip,
+            gid,
+            socket: spec.socket.clone(),
+            counters: Default::default(),
+        };
+        let handle = self
+            .endpoints
+            .insert(endpoint)
+            .ok_or(RouterError::TooMany)?;
+        self.by_gid.insert((tenant, gid), handle);
+        Ok(handle)
+    }
+
+    /// Removes an endpoint and ends its sessions.
+    pub(crate) fn remove_endpoint(&mut self, endpoint: Handle) {
+        let of = |(h, s): (Handle, &Session)| (s.endpoint == endpoint).then_some(h);
+        let sessions: Vec<_> = self.sessions.iter().filter_map(of).collect();
+        for session in sessions {
+            self.end_session(session, EndReason::EndpointRemoved);
+        }
+        if let Some(e) = self.endpoints.remove(endpoint) {
+            self.by_gid.remove(&(e.tenant, e.gid));
+        }
+    }
+
+    /// Begins a session.
+    pub(crate) fn begin_session(
+        &mut self,
+        endpoint: Handle,
+        peer: Peer,
+        socket: Arc<OwnedFd>,
+    ) -> Result<Handle, Errno> {
+        let mut slabs = Areas::slabs();
+        let len = bytes_of_words(DirtyMap::WORDS);
+        let range = slabs.alloc(len)?;
+        let mapping = slabs.mapping(range.area).ok_or(Errno::NOMEM)?.clone();
+        let dirty = Region::new(mapping, range.offset, len).map_err(|_| Errno::NOMEM)?;
+        let session = Session {
+            endpoint,
+            peer,
+            since: Instant::now(),
+            socket,
+            doorbell: Doorbell::new()?,
+            dirty,
+            slabs,
+            segments: Areas::segments(),
+            memory: None,
+            slots: Vec::new(),
+            free_slots: VecDeque::new(),
+            keys: FxHashMap::default(),
+            outbox: VecDeque::new(),
+            counts: Counts::default(),
+            hot: false,
+            last_active: 0,
+            ending: None,
+        };
+        let handle = self.sessions.insert(session).ok_or(Errno::NOMEM)?;
+        // Watched at once: that puts its doorbell in order.
+        self.wake(handle);
+        Ok(handle)
+    }
+
+    /// The descriptors of a welcome: the doorbell and the first slab.
+    pub(crate) fn welcome_fds(&mut self, session: Handle) -> Result<Vec<Arc<OwnedFd>>, Errno> {
+        let s = self.sessions.get_mut(session).ok_or(Errno::INVAL)?;
+        let doorbell = Arc::new(
+            s.doorbell
+                .as_fd()
+                .try_clone_to_owned()
+                .map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::MFILE))?,
+        );
+        Ok(std::iter::once(doorbell).chain(s.slabs.show(0)).collect())
+    }
+
+    /// Ends a session: all its objects go, and its peers find that nobody answers.
+    pub(crate) fn end_session(&mut self, session: Handle, reason: EndReason) {
+        let Some(s) = self.sessions.get(session) else {
+            return;
+        };
+        let reason = s.ending.clone().unwrap_or(reason);
+        let name = self
+            .endpoints
+            .get(s.endpoint)
+            .map(|e| e.name.clone())
+            .unwrap_or_default();
+        let ended = freeflow_api::EndedSession {
+            endpoint: name,
+            pid: s.peer.pid,
+            reason: reason.to_string(),
+        };
+        self.ended.push_back(ended);
+        if self.ended.len() > ENDED_KEPT {
+            self.ended.pop_front();
+        }
+        // Whoever still holds the socket sees its end; the control thread too.
+        let _ = rustix::net::shutdown(&*s.socket, rustix::net::Shutdown::Both);
+        let own = |owner: Handle| owner == session;
+        let contexts: Vec<_> = self
+            .contexts
+            .iter()
+            .filter(|(_, c)| own(c.session))
+            .map(|(h, _)| h)
+            .collect();
+        for context in contexts {
+            self.remove_context(context);
+        }
+        self.sessions.remove(session);
+    }
+
+    /// Ends the sessions that the data path condemned.
+    pub(crate) fn reap(&mut self) {
+        for session in std::mem::take(&mut self.ending) {
+            self.end_session(session, EndReason::Closed);
+        }
+    }
+
+    /// What `freeflow status` shows of the endpoints.
+    pub(crate) fn status(&self) -> Vec<freeflow_api::EndpointStatus> {
+        let mut all: Vec<_> = self
+            .endpoints
+            .iter()
+            .map(|(handle, e)| freeflow_api::EndpointStatus {
+                name: e.name.clone(),
+                tenant: e.tenant_name.clone(),
+                ip: e.ip.0,
+                gid: e.gid.to_string(),
+                socket: e.socket.clone(),
+                sessions: self
+                    .sessions
+                    .iter()
+                    .filter(|(_, s)| s.endpoint == handle)
+                    .map(|(_, s)| s.status())
+                    .collect(),
+                counters: e.counters.clone(),
+            })
+            .collect();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        all
+    }
+}
+
+impl Session {
+    fn status(&self) -> freeflow_api::SessionStatus {
+        freeflow_api::SessionStatus {
+            pid: self.peer.pid,
+            uid: self.peer.uid,
+            contexts: self.counts.contexts,
+            pds: self.counts.pds,
+            cqs: self.counts.cqs,
+            qps: self.counts.qps,
+            mrs: self.counts.mrs,
+            registered_bytes: self.counts.registered,
+            foreign_bytes: self.counts.foreign,
+            shared_bytes: self.segments.used(),
+            connected_for_ms: self.since.elapsed().as_millis() as u64,
+        }
+    }
+}

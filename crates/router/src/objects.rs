@@ -1,0 +1,233 @@
+//! The objects that the engine owns.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use freeflow_session::Handle;
+use freeflow_shm::{AtomicU64, CqRing, DirtyMap, Doorbell, QpGeometry, QpRings, Region, Sge};
+use freeflow_transport::Qp;
+use freeflow_types::{Access, Gid, Key, QpType, Qpn, TenantId, VirtualIp};
+use rustc_hash::FxHashMap;
+
+use crate::EndReason;
+use crate::foreign::ForeignMemory;
+use crate::memory::{Areas, Range};
+
+/// A container's virtual NIC on this host.
+#[derive(Debug)]
+pub(crate) struct Endpoint {
+    pub(crate) name: String,
+    pub(crate) tenant: TenantId,
+    pub(crate) tenant_name: String,
+    pub(crate) ip: VirtualIp,
+    pub(crate) gid: Gid,
+    pub(crate) socket: std::path::PathBuf,
+    pub(crate) counters: freeflow_api::Counters,
+}
+
+/// Who is at the other end of a session, as the kernel says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Peer {
+    pub(crate) pid: u32,
+    pub(crate) uid: u32,
+}
+
+/// An event that waits until the program's socket has room.
+#[derive(Debug)]
+pub(crate) struct QueuedEvent {
+    pub(crate) socket: Arc<OwnedFd>,
+    pub(crate) bytes: [u8; 16],
+}
+
+/// One process's connection.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) endpoint: Handle,
+    pub(crate) peer: Peer,
+    pub(crate) since: Instant,
+    pub(crate) socket: Arc<OwnedFd>,
+    pub(crate) doorbell: Doorbell,
+    pub(crate) dirty: Region,
+    pub(crate) slabs: Areas,
+    pub(crate) segments: Areas,
+    pub(crate) memory: Option<ForeignMemory>,
+    /// Queue pairs by their slot in the dirty map.
+    pub(crate) slots: Vec<Option<Handle>>,
+    pub(crate) free_slots: VecDeque<u32>,
+    pub(crate) keys: FxHashMap<u32, Handle>,
+    pub(crate) outbox: VecDeque<QueuedEvent>,
+    pub(crate) counts: Counts,
+    /// Whether the engine looks at the dirty map without being asked to.
+    pub(crate) hot: bool,
+    pub(crate) last_active: u64,
+    pub(crate) ending: Option<EndReason>,
+}
+
+/// Objects of a session, against its limits.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counts {
+    pub(crate) contexts: u32,
+    pub(crate) pds: u32,
+    pub(crate) mrs: u32,
+    pub(crate) channels: u32,
+    pub(crate) cqs: u32,
+    pub(crate) qps: u32,
+    pub(crate) registered: u64,
+    pub(crate) foreign: u64,
+}
+
+impl Session {
+    pub(crate) fn dirty_map(&self) -> Option<DirtyMap<'_>> {
+        DirtyMap::new(self.dirty.words())
+    }
+}
+
+/// An open device.
+#[derive(Debug)]
+pub(crate) struct Context {
+    pub(crate) session: Handle,
+    /// Where asynchronous events go.
+    pub(crate) events: Arc<OwnedFd>,
+}
+
+/// Protection domain.
+#[derive(Debug)]
+pub(crate) struct Pd {
+    pub(crate) session: Handle,
+    pub(crate) context: Handle,
+    pub(crate) users: u32,
+}
+
+/// Completion channel.
+#[derive(Debug)]
+pub(crate) struct Channel {
+    pub(crate) session: Handle,
+    pub(crate) context: Handle,
+    pub(crate) events: Arc<OwnedFd>,
+    pub(crate) users: u32,
+}
+
+/// What backs a part of a memory region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Backing {
+    /// A pool segment of the owner's session, from this offset.
+    Pool { segment: u32, offset: u64 },
+    /// The owner's own memory, from this address.
+    Foreign { addr: u64 },
+}
+
+/// A part of a memory region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Piece {
+    /// Offset of its first byte in the region.
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+    pub(crate) backing: Backing,
+}
+
+/// Memory region.
+#[derive(Debug)]
+pub(crate) struct Mr {
+    pub(crate) session: Handle,
+    pub(crate) context: Handle,
+    pub(crate) pd: Handle,
+    pub(crate) key: Key,
+    pub(crate) iova: u64,
+    pub(crate) len: u64,
+    pub(crate) access: Access,
+    pub(crate) pieces: Vec<Piece>,
+}
+
+/// Completion queue.
+#[derive(Debug)]
+pub(crate) struct Cq {
+    pub(crate) session: Handle,
+    pub(crate) context: Handle,
+    pub(crate) channel: Option<Handle>,
+    pub(crate) users: u32,
+    pub(crate) memory: Range,
+    pub(crate) region: Region,
+    pub(crate) entries: u32,
+    pub(crate) produced: u64,
+    pub(crate) overrun: bool,
+}
+
+impl Cq {
+    pub(crate) fn ring(&self) -> Option<CqRing<'_>> {
+        CqRing::new(self.region.words(), self.entries)
+    }
+}
+
+/// Why a queue pair's next send request is not executed now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waiting {
+    /// It may be executed.
+    No,
+    /// The receiver had no receive request.
+    Receiver,
+    /// No peer answered.
+    Peer,
+}
+
+/// A receive request that a message has begun to fill.
+#[derive(Debug, Default)]
+pub(crate) struct TakenRecv {
+    pub(crate) wr_id: u64,
+    pub(crate) retired: u64,
+    pub(crate) sges: Vec<Sge>,
+}
+
+/// A message that takes more than one turn.
+#[derive(Debug)]
+pub(crate) struct Current {
+    pub(crate) request: crate::exec::Request,
+    pub(crate) done: u64,
+}
+
+/// Queue pair: the transport's value, and where it lives.
+#[derive(Debug)]
+pub(crate) struct QpObject {
+    pub(crate) session: Handle,
+    pub(crate) endpoint: Handle,
+    pub(crate) context: Handle,
+    pub(crate) pd: Handle,
+    pub(crate) qp_type: QpType,
+    pub(crate) qpn: Qpn,
+    pub(crate) slot: u32,
+    pub(crate) send_cq: Handle,
+    pub(crate) recv_cq: Handle,
+    pub(crate) sq_sig_all: bool,
+    pub(crate) transport: Qp,
+    pub(crate) memory: Range,
+    pub(crate) region: Region,
+    pub(crate) geometry: QpGeometry,
+    /// Index of the next send request.
+    pub(crate) send_head: u64,
+    /// Index of the next receive request.
+    pub(crate) recv_head: u64,
+    /// The peer of a connected QP, as last found.
+    pub(crate) path: Option<Handle>,
+    pub(crate) current: Option<Box<Current>>,
+    /// A receive request of this QP that the peer's current message has begun to fill.
+    pub(crate) taken: Option<TakenRecv>,
+    pub(crate) waiting: Waiting,
+    /// A timer with another number is void.
+    pub(crate) timer_epoch: u32,
+    pub(crate) queued: bool,
+    pub(crate) established: bool,
+    /// The program wants to know when the send queue has drained.
+    pub(crate) draining: bool,
+}
+
+impl QpObject {
+    pub(crate) fn rings(&self) -> Option<QpRings<'_>> {
+        QpRings::new(self.region.words(), self.geometry)
+    }
+}
+
+/// Words of shared memory, none if there are none.
+pub(crate) fn bytes_of_words(words: usize) -> u64 {
+    words as u64 * size_of::<AtomicU64>() as u64
+}

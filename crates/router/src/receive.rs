@@ -1,0 +1,443 @@
+//! The receiving side of the routed placement, and flushing.
+
+use freeflow_session::{Event, Handle};
+use freeflow_shm::{CompletionEntry, RecvEntry, SendEntry};
+use freeflow_transport::Outcome;
+use freeflow_types::{
+    Access, AsyncEventType, GRH_BYTES, Gid, Opcode, QpState, QpType, SendFlags, WcFlags, WcOpcode,
+    WcStatus,
+};
+
+use crate::EndReason;
+use crate::data::{Source, Span};
+use crate::engine::Engine;
+use crate::exec::{Request, Step};
+use crate::objects::{QpObject, TakenRecv};
+
+impl Engine {
+    /// Takes the next receive request of a queue pair, unless one is taken already.
+    pub(crate) fn take_recv(&mut self, qp: Handle) -> Result<(), Outcome> {
+        let q = self.qps.get_mut(qp).ok_or(Outcome::NoResponse)?;
+        if q.taken.is_some() {
+            return Ok(());
+        }
+        let timer_code = q.transport.attr().min_rnr_timer;
+        let Some(rings) = q.rings() else {
+            return Err(Outcome::NoResponse);
+        };
+        let head = q.recv_head;
+        if rings.recv_produced() == head && !rings.want_recv(head) {
+            return Err(Outcome::ReceiverNotReady { timer_code });
+        }
+        match q.next_recv() {
+            Ok(Some(taken)) => {
+                q.taken = Some(taken);
+                Ok(())
+            }
+            Ok(None) => Err(Outcome::ReceiverNotReady { timer_code }),
+            Err(waiting) => {
+                let (session, qpn) = (q.session, q.qpn.get());
+                self.condemn(session, EndReason::RecvIndex { qpn, waiting });
+                Err(Outcome::NoResponse)
+            }
+        }
+    }
+
+    /// Spans of the receive request that was taken, for a part of a message that starts
+    /// `headroom` bytes into the buffer. If the buffer will not do, the receive request fails,
+    /// and the sender learns so.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one call site each for RC/UC and UD"
+    )]
+    pub(crate) fn recv_spans(
+        &mut self,
+        sender: QpType,
+        qp: Handle,
+        request: &Request,
+        done: u64,
+        part: u64,
+        headroom: u64,
+        out: &mut Vec<Span>,
+    ) -> Result<(), Outcome> {
+        let q = self.qps.get(qp).ok_or(Outcome::NoResponse)?;
+        let taken = q.taken.as_ref().ok_or(Outcome::NoResponse)?;
+        let room: u64 = taken.sges.iter().map(|s| u64::from(s.length)).sum();
+        let (status, outcome) = if room < headroom + request.len {
+            (WcStatus::LocLenErr, Outcome::RemoteInvalidRequest)
+        } else {
+            let range = (headroom + done, part);
+            match self.local_spans(q.pd, &taken.sges, Access::LOCAL_WRITE, range, out) {
+                Some(()) => return Ok(()),
+                None => (WcStatus::LocProtErr, Outcome::RemoteOperation),
+            }
+        };
+        self.finish_recv(
+            qp,
+            status,
+            WcOpcode::Recv,
+            &CompletionEntry::default(),
+            false,
+        );
+        self.enter_error(qp, None);
+        // Only a reliable sender is told.
+        Err(if sender.is_reliable() {
+            outcome
+        } else {
+            Outcome::Delivered
+        })
+    }
+
+    /// Completes the receive request that was taken.
+    fn finish_recv(
+        &mut self,
+        qp: Handle,
+        status: WcStatus,
+        opcode: WcOpcode,
+        with: &CompletionEntry,
+        solicited: bool,
+    ) {
+        let now = self.now;
+        let Some(q) = self.qps.get_mut(qp) else {
+            return;
+        };
+        let Some(taken) = q.taken.take() else { return };
+        let entry = CompletionEntry {
+            wr_id: taken.wr_id,
+            status: status.raw() as u8,
+            opcode: opcode.raw() as u8,
+            qpn: q.qpn.get(),
+            slot: q.slot,
+            is_send: false,
+            retired: taken.retired,
+            timestamp: now,
+            ..*with
+        };
+        let cq = q.recv_cq;
+        self.complete(cq, &entry, solicited);
+    }
+
+    /// A message of a connected peer has arrived in full.
+    pub(crate) fn accept(&mut self, qp: Handle, request: &Request, opcode: Opcode) {
+        let Some(q) = self.qps.get_mut(qp) else {
+            return;
+        };
+        q.transport.received(opcode, request.len);
+        let (context, endpoint) = (q.context, q.endpoint);
+        let first = !std::mem::replace(&mut q.established, true);
+        let early = first && q.transport.state() == QpState::Rtr;
+        if opcode.consumes_recv() {
+            let mut with = CompletionEntry {
+                byte_len: request.len as u32,
+                ..Default::default()
+            };
+            if opcode.has_imm() {
+                with.imm = request.entry.imm;
+                with.wc_flags = WcFlags::WITH_IMM.bits();
+            }
+            let wc = if opcode == Opcode::RdmaWriteImm {
+                WcOpcode::RecvRdmaWithImm
+            } else {
+                WcOpcode::Recv
+            };
+            let solicited = request.flags.contains(SendFlags::SOLICITED);
+            self.finish_recv(qp, WcStatus::Success, wc, &with, solicited);
+        }
+        if early {
+            self.async_event(context, Event::Qp(AsyncEventType::CommEst, qp));
+        }
+        if let Some(e) = self.endpoints.get_mut(endpoint) {
+            e.counters.received_messages += 1;
+            e.counters.received_bytes += request.len;
+        }
+    }
+
+    /// A request was refused at the responder; a reliable one enters the error state (IBTA
+    /// volume 1, 9.9.3.1, class C).
+    pub(crate) fn nak(&mut self, qp: Handle, event: Option<AsyncEventType>) {
+        let Some(q) = self.qps.get(qp) else { return };
+        if q.qp_type.is_reliable() {
+            if q.taken.is_some() {
+                self.finish_recv(
+                    qp,
+                    WcStatus::WrFlushErr,
+                    WcOpcode::Recv,
+                    &CompletionEntry::default(),
+                    false,
+                );
+            }
+            self.enter_error(qp, event);
+        }
+    }
+
+    /// Delivers a datagram, or drops it without a word (IBTA volume 1, 9.8.3).
+    pub(crate) fn datagram(
+        &mut self,
+        qp: Handle,
+        request: &Request,
+        near: &[Span],
+        far: &mut Vec<Span>,
+    ) -> Result<Outcome, Outcome> {
+        let q = self.qps.get(qp).ok_or(Outcome::LocalQpOperation)?;
+        let (from, qpn, own_qkey) = (q.endpoint, q.qpn.get(), q.transport.attr().qkey);
+        let entry = &request.entry;
+        // A Q_Key with its high bit set means that of the QP (IBTA volume 1, 10.2.5).
+        let qkey = if entry.remote_qkey >> 31 != 0 {
+            own_qkey
+        } else {
+            entry.remote_qkey
+        };
+        let source = self.endpoints.get(from).map(|e| e.gid).unwrap_or_default();
+        let takes = |p: &QpObject| {
+            let attr = p.transport.attr();
+            p.qp_type == QpType::Ud && p.transport.may_receive() && attr.qkey == qkey
+        };
+        let to = self.find(from, entry.av.dgid, entry.remote_qpn);
+        let to = to.filter(|&to| self.qps.get(to).is_some_and(takes));
+        let to = to.filter(|&to| self.take_recv(to).is_ok());
+        let Some(to) = to else {
+            if let Some(e) = self.endpoints.get_mut(from) {
+                e.counters.dropped_datagrams += 1;
+            }
+            return Ok(Outcome::Delivered);
+        };
+        let grh = u64::from(GRH_BYTES);
+        self.recv_spans(QpType::Ud, to, request, 0, request.len, grh, far)?;
+        let fault = if request.flags.contains(SendFlags::INLINE) {
+            self.copy(far, Source::Bytes(&request.inline))
+        } else {
+            self.copy(far, Source::Spans(near))
+        };
+        let mut header = Vec::new();
+        let with = CompletionEntry {
+            byte_len: GRH_BYTES,
+            ..Default::default()
+        };
+        let empty = Request::default();
+        if fault.is_ok()
+            && self
+                .recv_spans(QpType::Ud, to, &empty, 0, grh, 0, &mut header)
+                .is_ok()
+        {
+            let _ = self.copy(
+                &header,
+                Source::Bytes(&grh_bytes(source, entry, request.len)),
+            );
+        }
+        let with = CompletionEntry {
+            byte_len: with.byte_len + request.len as u32,
+            imm: entry.imm,
+            wc_flags: (WcFlags::GRH
+                | if request.opcode == Some(Opcode::SendImm) {
+                    WcFlags::WITH_IMM
+                } else {
+                    WcFlags::empty()
+                })
+            .bits(),
+            src_qp: qpn,
+            sl: entry.av.sl,
+            ..with
+        };
+        let solicited = request.flags.contains(SendFlags::SOLICITED);
+        let status = if fault.is_ok() {
+            WcStatus::Success
+        } else {
+            WcStatus::LocProtErr
+        };
+        self.finish_recv(to, status, WcOpcode::Recv, &with, solicited);
+        if let Some(e) = self
+            .qps
+            .get(to)
+            .map(|p| p.endpoint)
+            .and_then(|e| self.endpoints.get_mut(e))
+        {
+            e.counters.received_messages += 1;
+            e.counters.received_bytes += request.len;
+        }
+        Ok(Outcome::Delivered)
+    }
+
+    /// Flushes one request of a queue pair in error: receive requests too, if `both`.
+    pub(crate) fn flush(&mut self, qp: Handle, both: bool) -> Step {
+        let now = self.now;
+        let Some(q) = self.qps.get_mut(qp) else {
+            return Step::Nothing;
+        };
+        q.current = None;
+        let flushed = CompletionEntry {
+            status: WcStatus::WrFlushErr.raw() as u8,
+            qpn: q.qpn.get(),
+            slot: q.slot,
+            timestamp: now,
+            ..CompletionEntry::default()
+        };
+        let Some(rings) = q.rings() else {
+            return Step::Nothing;
+        };
+        let waiting = rings.send_produced().wrapping_sub(q.send_head);
+        if waiting > u64::from(q.geometry.send_entries()) {
+            let (session, qpn) = (q.session, q.qpn.get());
+            self.condemn(session, EndReason::SendIndex { qpn, waiting });
+            return Step::Nothing;
+        }
+        if waiting != 0 {
+            let request = SendEntry::load(q.qp_type, rings.send_slot(q.send_head));
+            let opcode = Opcode::from_raw(request.opcode.into()).unwrap_or(Opcode::Send);
+            q.send_head = q.send_head.wrapping_add(1);
+            let entry = CompletionEntry {
+                wr_id: request.wr_id,
+                opcode: opcode.wc().raw() as u8,
+                is_send: true,
+                retired: q.send_head,
+                ..flushed
+            };
+            let cq = q.send_cq;
+            self.complete(cq, &entry, false);
+            return Step::Done(0);
+        }
+        if !both {
+            return Step::Nothing;
+        }
+        if q.taken.is_some() {
+            let with = CompletionEntry::default();
+            self.finish_recv(qp, WcStatus::WrFlushErr, WcOpcode::Recv, &with, false);
+            return Step::Done(0);
+        }
+        let head = q.recv_head;
+        if rings.recv_produced() == head && !rings.want_recv(head) {
+            return Step::Nothing;
+        }
+        match q.next_recv() {
+            Ok(Some(taken)) => {
+                let (wr_id, retired) = (taken.wr_id, taken.retired);
+                let opcode = WcOpcode::Recv.raw() as u8;
+                let entry = CompletionEntry {
+                    wr_id,
+                    opcode,
+                    retired,
+                    ..flushed
+                };
+                let cq = q.recv_cq;
+                self.complete(cq, &entry, false);
+                Step::Done(0)
+            }
+            Ok(None) => Step::Nothing,
+            Err(waiting) => {
+                let (session, qpn) = (q.session, q.qpn.get());
+                self.condemn(session, EndReason::RecvIndex { qpn, waiting });
+                Step::Nothing
+            }
+        }
+    }
+}
+
+impl QpObject {
+    /// Copies the next receive request; the error is an impossible number of them.
+    fn next_recv(&mut self) -> Result<Option<TakenRecv>, u64> {
+        let mut taken = TakenRecv::default();
+        let Some(rings) = self.rings() else {
+            return Ok(None);
+        };
+        let waiting = rings.recv_produced().wrapping_sub(self.recv_head);
+        if waiting > u64::from(self.geometry.recv_entries()) {
+            return Err(waiting);
+        }
+        if waiting == 0 {
+            return Ok(None);
+        }
+        taken.wr_id = RecvEntry::load(rings.recv_slot(self.recv_head), &mut taken.sges).wr_id;
+        self.recv_head = self.recv_head.wrapping_add(1);
+        taken.retired = self.recv_head;
+        Ok(Some(taken))
+    }
+}
+
+/// The 40 bytes in front of a datagram: for IPv4 20 bytes of zeroes and the IPv4 header, for IPv6
+/// its header (IBTA annex A17, RoCEv2).
+fn grh_bytes(source: Gid, entry: &SendEntry, payload: u64) -> [u8; GRH_BYTES as usize] {
+    /// BTH, DETH, the payload's padding and ICRC, behind a UDP header.
+    const UDP_AND_TRANSPORT: u64 = 8 + 12 + 8 + 4;
+    let mut grh = [0; GRH_BYTES as usize];
+    let (to, av) = (entry.av.dgid, &entry.av);
+    let length = UDP_AND_TRANSPORT + payload.next_multiple_of(4);
+    let v4 = |gid: Gid| std::net::Ipv6Addr::from(gid.0).to_ipv4_mapped();
+    let hops = if av.hop_limit == 0 { 64 } else { av.hop_limit };
+    const UDP: u8 = 17;
+    if let (Some(from), Some(to)) = (v4(source), v4(to)) {
+        let ip = &mut grh[20..];
+        ip[0] = 0x45;
+        ip[1] = av.traffic_class;
+        ip[2..4].copy_from_slice(&((length + 20) as u16).to_be_bytes());
+        ip[6] = 0x40;
+        ip[8] = hops;
+        ip[9] = UDP;
+        ip[12..16].copy_from_slice(&from.octets());
+        ip[16..20].copy_from_slice(&to.octets());
+        let sum: u32 = ip
+            .chunks(2)
+            .map(|b| u32::from(u16::from_be_bytes([b[0], b[1]])))
+            .sum();
+        let folded = (sum & 0xFFFF) + (sum >> 16);
+        let folded = (folded & 0xFFFF) + (folded >> 16);
+        ip[10..12].copy_from_slice(&(!folded as u16).to_be_bytes());
+    } else {
+        let label = 6 << 28 | u32::from(av.traffic_class) << 20 | av.flow_label & 0xF_FFFF;
+        grh[..4].copy_from_slice(&label.to_be_bytes());
+        grh[4..6].copy_from_slice(&(length as u16).to_be_bytes());
+        grh[6] = UDP;
+        grh[7] = hops;
+        grh[8..24].copy_from_slice(&source.0);
+        grh[24..40].copy_from_slice(&to.0);
+    }
+    grh
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use freeflow_types::{AddressVector, VirtualIp};
+
+    fn gid(ip: &str) -> Gid {
+        VirtualIp(ip.parse().unwrap()).into()
+    }
+
+    #[test]
+    fn ipv4_header_sits_in_the_last_20_bytes() {
+        let av = AddressVector {
+            dgid: gid("10.0.0.2"),
+            traffic_class: 4,
+            ..Default::default()
+        };
+        let entry = SendEntry {
+            av,
+            ..SendEntry::default()
+        };
+        let grh = grh_bytes(gid("10.0.0.1"), &entry, 5);
+        assert_eq!(grh[..20], [0; 20]);
+        let ip = &grh[20..];
+        assert_eq!((ip[0], ip[1], ip[8], ip[9]), (0x45, 4, 64, 17));
+        assert_eq!(ip[12..], [10, 0, 0, 1, 10, 0, 0, 2]);
+        assert_eq!(u16::from_be_bytes([ip[2], ip[3]]), 20 + 8 + 12 + 8 + 8 + 4);
+        let sum: u32 = ip
+            .chunks(2)
+            .map(|b| u32::from(u16::from_be_bytes([b[0], b[1]])))
+            .sum();
+        assert_eq!((sum & 0xFFFF) + (sum >> 16), 0xFFFF);
+    }
+
+    #[test]
+    fn ipv6_header_fills_it() {
+        let av = AddressVector {
+            dgid: gid("fd00::2"),
+            hop_limit: 9,
+            ..Default::default()
+        };
+        let entry = SendEntry {
+            av,
+            ..SendEntry::default()
+        };
+        let grh = grh_bytes(gid("fd00::1"), &entry, 0);
+        assert_eq!((grh[0] >> 4, grh[6], grh[7]), (6, 17, 9));
+        assert_eq!(Gid(grh[8..24].try_into().unwrap()), gid("fd00::1"));
+    }
+}

@@ -1,0 +1,421 @@
+//! A queue pair's state, its retries and its sequence numbers.
+
+use freeflow_types::{
+    AsyncEventType, Opcode, Psn, QpAttr, QpAttrMask, QpCap, QpState, QpType, WcStatus,
+    rnr_timer_ns, timeout_ns,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::modify::{ModifyError, ModifyLimits, apply, check_modify};
+
+/// RNR retry count that means "for ever" (`ibv_modify_qp(3)`).
+const RNR_FOR_EVER: u8 = 7;
+
+/// What came of a send request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was executed, and the peer has acknowledged it if the service is reliable.
+    Delivered,
+    /// The peer had no receive request; its RNR timer code.
+    ReceiverNotReady {
+        /// Code of 5 bits.
+        timer_code: u8,
+    },
+    /// Nobody answered: no such peer, or one that does not listen to us.
+    NoResponse,
+    /// The peer refused the access.
+    RemoteAccess,
+    /// The peer found the request invalid.
+    RemoteInvalidRequest,
+    /// The peer could not execute it.
+    RemoteOperation,
+    /// A local key does not allow it.
+    LocalProtection,
+    /// The request is not legal on this queue pair.
+    LocalQpOperation,
+}
+
+/// What a requester does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Complete the request; go on with the next.
+    Complete,
+    /// Try it again at this time, in nanoseconds.
+    RetryAt(u64),
+    /// Try it again when the peer is ready; no time ends the wait.
+    Never,
+    /// Complete it with this error; what follows is flushed.
+    Fail(WcStatus),
+}
+
+/// Why a responder refuses a request (IBTA volume 1, 9.7.5.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Nak {
+    /// The queue pair does not take such requests.
+    InvalidRequest,
+    /// The queue pair's access flags do not allow it.
+    RemoteAccess,
+}
+
+impl Nak {
+    /// What the requester learns.
+    pub fn outcome(self) -> Outcome {
+        match self {
+            Nak::InvalidRequest => Outcome::RemoteInvalidRequest,
+            Nak::RemoteAccess => Outcome::RemoteAccess,
+        }
+    }
+
+    /// What the responder's program learns.
+    pub fn event(self) -> Option<AsyncEventType> {
+        Some(match self {
+            Nak::InvalidRequest => AsyncEventType::QpReqErr,
+            Nak::RemoteAccess => AsyncEventType::QpAccessErr,
+        })
+    }
+}
+
+/// A change of state that was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Transition {
+    /// State before.
+    pub from: QpState,
+    /// State now.
+    pub to: QpState,
+}
+
+/// A queue pair.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Qp {
+    qp_type: QpType,
+    attr: QpAttr,
+    /// Attempts without an answer, and answers "not ready", for the request at the head.
+    timeouts: u8,
+    rnr_naks: u8,
+}
+
+impl Qp {
+    /// A queue pair in RESET.
+    pub fn new(qp_type: QpType, cap: QpCap) -> Self {
+        Qp {
+            qp_type,
+            attr: QpAttr {
+                cap,
+                ..QpAttr::default()
+            },
+            timeouts: 0,
+            rnr_naks: 0,
+        }
+    }
+
+    /// Its state.
+    pub fn state(&self) -> QpState {
+        self.attr.state
+    }
+
+    /// Its attributes, as the state machine uses them.
+    pub fn attr(&self) -> &QpAttr {
+        &self.attr
+    }
+
+    /// Its attributes, as `ibv_query_qp(3)` shows them.
+    pub fn query(&self) -> QpAttr {
+        QpAttr {
+            cur_state: self.attr.state,
+            ..self.attr
+        }
+    }
+
+    /// Modifies it as the program asks.
+    pub fn modify(
+        &mut self,
+        attr: &QpAttr,
+        mask: QpAttrMask,
+        limits: &ModifyLimits,
+    ) -> Result<Transition, ModifyError> {
+        let from = self.attr.state;
+        let to = check_modify(self.qp_type, from, attr, mask, limits)?;
+        if to == QpState::Reset {
+            *self = Qp::new(self.qp_type, self.attr.cap);
+        } else {
+            apply(&mut self.attr, attr, mask);
+            self.attr.state = to;
+            self.forget_attempts();
+        }
+        Ok(Transition { from, to })
+    }
+
+    fn forget_attempts(&mut self) {
+        self.timeouts = 0;
+        self.rnr_naks = 0;
+    }
+
+    /// Moves it to the error state.
+    pub fn fail(&mut self) {
+        self.attr.state = QpState::Err;
+    }
+
+    /// A send request failed: a reliable queue pair is in error, of an unreliable one the send
+    /// queue alone (IBTA volume 1, 10.3.1.6).
+    pub fn fail_send(&mut self) {
+        let reliable = self.qp_type.is_reliable() || self.attr.state == QpState::Err;
+        self.attr.state = if reliable { QpState::Err } else { QpState::Sqe };
+    }
+
+    /// Whether messages that arrive are looked at.
+    pub fn may_receive(&self) -> bool {
+        matches!(
+            self.attr.state,
+            QpState::Rtr | QpState::Rts | QpState::Sqd | QpState::Sqe
+        )
+    }
+
+    /// Responder: whether the queue pair takes such a request (IBTA volume 1, 9.7.4.1.5: an
+    /// operation that the access flags do not enable is an access error; 9.7.4.1.6: reads and
+    /// atomics beyond the resources granted are invalid).
+    pub fn check_request(&self, opcode: Opcode) -> Result<(), Nak> {
+        use freeflow_types::Access;
+        let need = match opcode {
+            Opcode::RdmaWrite | Opcode::RdmaWriteImm => Access::REMOTE_WRITE,
+            Opcode::RdmaRead => Access::REMOTE_READ,
+            Opcode::CompareSwap | Opcode::FetchAdd => Access::REMOTE_ATOMIC,
+            Opcode::Send | Opcode::SendImm => Access::empty(),
+        };
+        if !self.attr.access.contains(need) {
+            return Err(Nak::RemoteAccess);
+        }
+        if opcode.is_read_like() && self.attr.max_dest_rd_atomic == 0 {
+            return Err(Nak::InvalidRequest);
+        }
+        Ok(())
+    }
+
+    /// Requester: what to do after an attempt at the request at the head.
+    pub fn conclude(&mut self, outcome: Outcome, now: u64) -> Next {
+        let reliable = self.qp_type.is_reliable();
+        let status = match outcome {
+            Outcome::Delivered => {
+                self.forget_attempts();
+                return Next::Complete;
+            }
+            // An unreliable message is sent, whatever becomes of it.
+            Outcome::ReceiverNotReady { .. } | Outcome::NoResponse if !reliable => {
+                return Next::Complete;
+            }
+            Outcome::ReceiverNotReady { timer_code } => {
+                // The peer answers: it is not lost (IBTA volume 1, 9.7.5.2.8).
+                self.timeouts = 0;
+                if self.attr.rnr_retry == RNR_FOR_EVER || self.rnr_naks < self.attr.rnr_retry {
+                    self.rnr_naks = self.rnr_naks.saturating_add(1);
+                    return Next::RetryAt(now.saturating_add(rnr_timer_ns(timer_code)));
+                }
+                WcStatus::RnrRetryExcErr
+            }
+            Outcome::NoResponse => {
+                // Each attempt has its time, the last one too (IBTA volume 1, 9.9.2.1.2).
+                let Some(timeout) = timeout_ns(self.attr.timeout) else {
+                    return Next::Never;
+                };
+                if self.timeouts <= self.attr.retry_cnt {
+                    self.timeouts += 1;
+                    return Next::RetryAt(now.saturating_add(timeout));
+                }
+                WcStatus::RetryExcErr
+            }
+            Outcome::RemoteAccess => WcStatus::RemAccessErr,
+            Outcome::RemoteInvalidRequest => WcStatus::RemInvReqErr,
+            Outcome::RemoteOperation => WcStatus::RemOpErr,
+            Outcome::LocalProtection => WcStatus::LocProtErr,
+            Outcome::LocalQpOperation => WcStatus::LocQpOpErr,
+        };
+        self.forget_attempts();
+        Next::Fail(status)
+    }
+
+    /// Packets of a message: a message of no bytes takes one too.
+    fn packets(&self, opcode: Opcode, len: u64) -> u32 {
+        if opcode.is_atomic() {
+            return 1;
+        }
+        len.div_ceil(self.attr.path_mtu.bytes().into()).max(1) as u32
+    }
+
+    /// Requester: a message was sent. Sequence numbers go on.
+    pub fn sent(&mut self, opcode: Opcode, len: u64) {
+        let n = if self.qp_type == QpType::Ud {
+            1
+        } else {
+            self.packets(opcode, len)
+        };
+        self.attr.sq_psn = Psn::new(self.attr.sq_psn).add(n).get();
+    }
+
+    /// Responder: a message was executed. Sequence numbers go on.
+    pub fn received(&mut self, opcode: Opcode, len: u64) {
+        let n = self.packets(opcode, len);
+        self.attr.rq_psn = Psn::new(self.attr.rq_psn).add(n).get();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn qp(qp_type: QpType, timeout: u8, retry_cnt: u8, rnr_retry: u8) -> Qp {
+        let mut qp = Qp::new(qp_type, QpCap::default());
+        qp.attr = QpAttr {
+            state: QpState::Rts,
+            timeout,
+            retry_cnt,
+            rnr_retry,
+            ..qp.attr
+        };
+        qp
+    }
+
+    /// Runs retries in virtual time until the request is over.
+    fn exhaust(qp: &mut Qp, outcome: Outcome) -> (u64, u32, WcStatus) {
+        let (mut now, mut attempts) = (0, 0);
+        loop {
+            attempts += 1;
+            match qp.conclude(outcome, now) {
+                Next::RetryAt(at) => now = at,
+                Next::Fail(status) => return (now, attempts, status),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn silence_ends_after_all_retries_had_their_time() {
+        for retries in 0..=7 {
+            let mut qp = qp(QpType::Rc, 10, retries, 0);
+            let (now, _, status) = exhaust(&mut qp, Outcome::NoResponse);
+            assert_eq!(now, (u64::from(retries) + 1) * timeout_ns(10).unwrap());
+            assert_eq!(status, WcStatus::RetryExcErr);
+        }
+        assert_eq!(
+            qp(QpType::Rc, 0, 7, 7).conclude(Outcome::NoResponse, 5),
+            Next::Never
+        );
+    }
+
+    #[test]
+    fn receiver_not_ready_has_its_own_count() {
+        let rnr = Outcome::ReceiverNotReady { timer_code: 1 };
+        for retries in 0..7 {
+            let mut qp = qp(QpType::Rc, 10, 7, retries);
+            let (now, attempts, status) = exhaust(&mut qp, rnr);
+            assert_eq!(now, u64::from(retries) * 10_000);
+            assert_eq!(attempts, u32::from(retries) + 1);
+            assert_eq!(status, WcStatus::RnrRetryExcErr);
+        }
+        let mut patient = qp(QpType::Rc, 10, 7, 7);
+        for _ in 0..1000 {
+            assert!(matches!(patient.conclude(rnr, 0), Next::RetryAt(_)));
+        }
+        // Progress gives all retries back.
+        let mut qp = qp(QpType::Rc, 10, 0, 1);
+        assert!(matches!(qp.conclude(rnr, 0), Next::RetryAt(_)));
+        assert_eq!(qp.conclude(Outcome::Delivered, 0), Next::Complete);
+        assert!(matches!(qp.conclude(rnr, 0), Next::RetryAt(_)));
+        assert_eq!(qp.conclude(rnr, 0), Next::Fail(WcStatus::RnrRetryExcErr));
+    }
+
+    #[test]
+    fn unreliable_services_lose_in_silence_but_not_locally() {
+        for qp_type in [QpType::Uc, QpType::Ud] {
+            let mut qp = qp(qp_type, 10, 0, 0);
+            assert_eq!(qp.conclude(Outcome::NoResponse, 0), Next::Complete);
+            assert_eq!(
+                qp.conclude(Outcome::ReceiverNotReady { timer_code: 0 }, 0),
+                Next::Complete
+            );
+            let next = qp.conclude(Outcome::LocalProtection, 0);
+            assert_eq!(next, Next::Fail(WcStatus::LocProtErr));
+            qp.fail_send();
+            assert_eq!(qp.state(), QpState::Sqe);
+        }
+        let mut rc = qp(QpType::Rc, 10, 0, 0);
+        rc.fail_send();
+        assert_eq!(rc.state(), QpState::Err);
+    }
+
+    #[test]
+    fn access_flags_and_resources_are_checked() {
+        use freeflow_types::Access;
+        let mut qp = qp(QpType::Rc, 10, 0, 0);
+        assert_eq!(qp.check_request(Opcode::Send), Ok(()));
+        assert_eq!(qp.check_request(Opcode::RdmaWrite), Err(Nak::RemoteAccess));
+        qp.attr.access = Access::all();
+        assert_eq!(qp.check_request(Opcode::RdmaWrite), Ok(()));
+        assert_eq!(qp.check_request(Opcode::RdmaRead), Err(Nak::InvalidRequest));
+        qp.attr.max_dest_rd_atomic = 1;
+        assert_eq!(qp.check_request(Opcode::RdmaRead), Ok(()));
+    }
+
+    #[test]
+    fn sequence_numbers_count_packets() {
+        let mut qp = qp(QpType::Rc, 0, 0, 0);
+        qp.attr.sq_psn = 0xFF_FFFF;
+        qp.sent(Opcode::Send, 0);
+        assert_eq!(qp.query().sq_psn, 0);
+        qp.sent(Opcode::RdmaWrite, 1025);
+        assert_eq!(qp.query().sq_psn, 2);
+        qp.sent(Opcode::FetchAdd, 8);
+        qp.received(Opcode::RdmaRead, 4096);
+        assert_eq!((qp.query().sq_psn, qp.query().rq_psn), (3, 4));
+    }
+
+    #[test]
+    fn reset_forgets_all_but_capacities() {
+        let cap = QpCap {
+            max_send_wr: 9,
+            ..QpCap::default()
+        };
+        let mut qp = Qp::new(QpType::Rc, cap);
+        qp.attr.state = QpState::Err;
+        qp.attr.qkey = 5;
+        let limits = ModifyLimits {
+            max_rd_atomic: 1,
+            active_mtu: freeflow_types::Mtu::B4096,
+            gids: 1,
+        };
+        let attr = QpAttr::default();
+        let change = qp.modify(&attr, QpAttrMask::STATE, &limits).unwrap();
+        assert_eq!(
+            change,
+            Transition {
+                from: QpState::Err,
+                to: QpState::Reset
+            }
+        );
+        assert_eq!(qp, Qp::new(QpType::Rc, cap));
+    }
+
+    proptest! {
+        #[test]
+        fn any_modification_leaves_a_legal_state(
+            steps in proptest::collection::vec((0u32..7, any::<u32>(), any::<u8>()), 1..50)
+        ) {
+            let limits = ModifyLimits {
+                max_rd_atomic: 16, active_mtu: freeflow_types::Mtu::B4096, gids: 1 };
+            let mut qp = Qp::new(QpType::Rc, QpCap::default());
+            for (state, mask, value) in steps {
+                let attr = QpAttr {
+                    state: QpState::from_raw(state).unwrap(),
+                    timeout: value, retry_cnt: value, rnr_retry: value, port_num: value & 1,
+                    ..QpAttr::default()
+                };
+                let before = qp.clone();
+                let mask = QpAttrMask::from_bits_truncate(mask) | QpAttrMask::STATE;
+                match qp.modify(&attr, mask, &limits) {
+                    Ok(change) => prop_assert_eq!(change.to, qp.state()),
+                    Err(_) => prop_assert_eq!(&before, &qp),
+                }
+                prop_assert!(qp.attr.timeout <= 31 && qp.attr.retry_cnt <= 7);
+            }
+        }
+    }
+}
