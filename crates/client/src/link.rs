@@ -68,6 +68,11 @@ impl Link {
         }
     }
 
+    /// The router's process.
+    pub(crate) fn router(&self) -> Result<rustix::process::Pid, Errno> {
+        Ok(rustix::net::sockopt::socket_peercred(&self.socket)?.pid)
+    }
+
     fn set_dead(&self) {
         // Release: pairs with `is_dead`.
         self.dead.store(true, Ordering::Release);

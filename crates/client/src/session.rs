@@ -192,7 +192,7 @@ impl Session {
     pub(crate) fn attach_memory(&self) -> Result<(), Errno> {
         let mut attached = unpoisoned(&self.memory_attached);
         if !*attached {
-            if let Ok(router) = self.link.peer() {
+            if let Ok(router) = self.link.router() {
                 // Only Yama's restricted ptrace needs it; elsewhere it fails and does no harm.
                 let _ = rustix::process::set_ptracer(rustix::process::PTracer::ProcessID(router));
             }
@@ -221,7 +221,7 @@ fn complain(path: &std::path::Path, errno: Errno) {
             "freeflow: no RDMA device: cannot open a session at {}: {errno}; is its router running?\n",
             path.display()
         );
-        let _ = rustix::io::write(rustix::stdio::stderr(), line.as_bytes());
+        eprint!("{line}");
     });
 }
 

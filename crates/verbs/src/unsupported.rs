@@ -1,0 +1,54 @@
+//! Verbs that the device does not have, with the answer that their man pages give for that.
+
+use core::ffi::{c_int, c_void};
+
+use freeflow_abi::*;
+
+use crate::objects::set_errno;
+
+/// For verbs that return an errno value.
+pub(crate) unsafe extern "C" fn errno() -> c_int {
+    libc::EOPNOTSUPP
+}
+
+/// For verbs that return -1 and set errno.
+pub(crate) unsafe extern "C" fn minus_one() -> c_int {
+    set_errno(libc::EOPNOTSUPP);
+    -1
+}
+
+/// For verbs that return an object.
+pub(crate) unsafe extern "C" fn null() -> *mut c_void {
+    set_errno(libc::EOPNOTSUPP);
+    std::ptr::null_mut()
+}
+
+/// For verbs that give an object back that cannot exist.
+pub(crate) unsafe extern "C" fn nothing() {}
+
+pub(crate) unsafe extern "C" fn alloc_mw(_pd: *mut c_void, _kind: c_int) -> *mut c_void {
+    // SAFETY: it touches errno alone.
+    unsafe { null() }
+}
+
+pub(crate) unsafe extern "C" fn bind_mw(
+    _qp: *mut ibv_qp,
+    _mw: *mut c_void,
+    _bind: *mut c_void,
+) -> c_int {
+    libc::EOPNOTSUPP
+}
+
+pub(crate) unsafe extern "C" fn dealloc_mw(_mw: *mut c_void) -> c_int {
+    libc::EOPNOTSUPP
+}
+
+pub(crate) unsafe extern "C" fn post_srq_recv(
+    _srq: *mut c_void,
+    wr: *mut ibv_recv_wr,
+    bad: *mut *mut ibv_recv_wr,
+) -> c_int {
+    // SAFETY: the caller gives a place for the bad request.
+    unsafe { *bad = wr };
+    libc::EOPNOTSUPP
+}
