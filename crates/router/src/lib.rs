@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+mod admin;
 mod control;
 mod data;
 mod engine;
@@ -19,6 +20,8 @@ mod objects;
 mod receive;
 mod serve;
 mod table;
+
+pub use admin::Admin;
 
 use std::collections::HashMap;
 use std::io;
@@ -104,6 +107,18 @@ pub enum RouterError {
     NoEndpoint {
         /// The name.
         name: String,
+    },
+    /// Not a name that can be part of a file name.
+    #[error("\"{name}\" is no name for an endpoint: up to 63 letters, digits, '-', '_' and '.'")]
+    BadName {
+        /// The name.
+        name: String,
+    },
+    /// Another router serves the runtime directory.
+    #[error("a router already serves {}; use it, or choose another directory", dir.display())]
+    AlreadyServed {
+        /// The directory.
+        dir: PathBuf,
     },
     /// The router's tables are full.
     #[error("the router has no room for another endpoint")]

@@ -1,0 +1,75 @@
+//! Requests on a router's control socket.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::RouterStatus;
+
+/// Version of the control protocol.
+pub const CONTROL_VERSION: u32 = 1;
+
+/// Longest message.
+pub const MAX_CONTROL_BYTES: usize = 4 << 20;
+
+/// A message with its version.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Envelope<T> {
+    /// [`CONTROL_VERSION`] of the sender.
+    pub version: u32,
+    /// The message.
+    pub body: T,
+}
+
+/// A request.
+pub type ControlRequest = Envelope<Operation>;
+
+/// What a router is asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Operation {
+    /// Everything there is to know.
+    Status,
+    /// Creates an endpoint.
+    CreateEndpoint(NewEndpoint),
+    /// Removes an endpoint.
+    RemoveEndpoint {
+        /// Its name.
+        name: String,
+    },
+}
+
+/// An endpoint to be; the router chooses what is left out.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewEndpoint {
+    /// Name.
+    pub name: Option<String>,
+    /// Virtual IP.
+    pub ip: Option<IpAddr>,
+    /// Tenant; "default" if left out.
+    pub tenant: Option<String>,
+    /// Whether it ends with the connection that created it.
+    pub ephemeral: bool,
+}
+
+/// The answer to a request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ControlAnswer {
+    /// To [`Operation::Status`].
+    Status(RouterStatus),
+    /// To [`Operation::CreateEndpoint`].
+    Created {
+        /// Name.
+        name: String,
+        /// Virtual IP.
+        ip: IpAddr,
+        /// Where its sessions are opened.
+        socket: PathBuf,
+    },
+    /// It is done.
+    Done,
+    /// It failed: what, with which value, and what to do.
+    Error(String),
+}

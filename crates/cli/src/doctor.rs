@@ -1,0 +1,253 @@
+//! `freeflow doctor`: what this machine allows.
+
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use anyhow::Result;
+use freeflow_convert::UffdMode;
+
+use crate::{Output, inject};
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Ok,
+    Warn,
+    Fail,
+}
+
+struct Finding {
+    what: &'static str,
+    verdict: Verdict,
+    detail: String,
+}
+
+fn finding(what: &'static str, verdict: Verdict, detail: impl Into<String>) -> Finding {
+    Finding {
+        what,
+        verdict,
+        detail: detail.into(),
+    }
+}
+
+/// Looks at everything that FreeFlow depends on.
+pub(crate) fn doctor(output: Output) -> Result<ExitCode> {
+    let findings = [
+        kernel(),
+        cores(),
+        memfd(),
+        userfaultfd(),
+        namespaces(),
+        ptrace(),
+        huge_pages(),
+        nic(),
+        libraries(),
+        stock_libraries(),
+        descriptors(),
+    ];
+    let name = |v| match v {
+        Verdict::Ok => "ok",
+        Verdict::Warn => "warn",
+        Verdict::Fail => "fail",
+    };
+    match output {
+        Output::Json => {
+            let list: Vec<_> = findings
+                .iter()
+                .map(|f| {
+                    serde_json::json!({
+                        "what": f.what, "verdict": name(f.verdict), "detail": f.detail
+                    })
+                })
+                .collect();
+            println!("{}", serde_json::to_string_pretty(&list)?);
+        }
+        Output::Text => {
+            for f in &findings {
+                println!("{:<4}  {:<16}  {}", name(f.verdict), f.what, f.detail);
+            }
+        }
+    }
+    let failed = findings.iter().any(|f| f.verdict == Verdict::Fail);
+    Ok(if failed {
+        crate::EXIT_FAILURE.into()
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+fn read(path: &str) -> Option<String> {
+    Some(std::fs::read_to_string(path).ok()?.trim().to_owned())
+}
+
+fn kernel() -> Finding {
+    let release = rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned();
+    let mut numbers = release
+        .split(['.', '-'])
+        .filter_map(|n| n.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version < (5, 4) {
+        return finding(
+            "kernel",
+            Verdict::Fail,
+            format!("Linux {release}: 5.4 is needed"),
+        );
+    }
+    if version < (6, 7) {
+        let detail = format!(
+            "Linux {release}: it cannot tell untouched pages from others (6.7 can); registering \
+             untouched memory costs as much as touching it"
+        );
+        return finding("kernel", Verdict::Warn, detail);
+    }
+    finding("kernel", Verdict::Ok, format!("Linux {release}"))
+}
+
+fn cores() -> Finding {
+    let n = std::thread::available_parallelism().map_or(1, usize::from);
+    let detail = format!(
+        "{n}: programs that poll and the router {}",
+        if n > 4 {
+            "spin before they sleep"
+        } else {
+            "yield to each other"
+        }
+    );
+    finding("cores", Verdict::Ok, detail)
+}
+
+fn memfd() -> Finding {
+    match freeflow_shm::sealed_memfd("freeflow-doctor", 4096) {
+        Ok(_) => finding(
+            "sealed memory",
+            Verdict::Ok,
+            "memfd_create with seals works",
+        ),
+        Err(e) => finding("sealed memory", Verdict::Fail, format!("memfd_create: {e}")),
+    }
+}
+
+fn userfaultfd() -> Finding {
+    let what = "userfaultfd";
+    let refused = "registered memory of programs with several threads is copied across \
+                   processes, which is slower; allow the userfaultfd system call";
+    match freeflow_convert::probe_userfaultfd() {
+        (UffdMode::Full, true) => finding(what, Verdict::Ok, "full: any memory is shared in place"),
+        (UffdMode::UserModeOnly, true) => finding(
+            what,
+            Verdict::Ok,
+            "user mode: memory is shared in place; a system call that writes to a buffer at the \
+             moment it is registered may fail",
+        ),
+        (UffdMode::None, _) => finding(what, Verdict::Warn, format!("refused: {refused}")),
+        (_, false) => finding(
+            what,
+            Verdict::Warn,
+            format!("too old (Linux 6.4 is needed): {refused}"),
+        ),
+    }
+}
+
+fn namespaces() -> Finding {
+    let what = "mount namespace";
+    let missing = "programs that look for /dev/infiniband or /sys/class/infiniband find nothing \
+                   there; others work";
+    let mut probe = Command::new("unshare");
+    if rustix::process::geteuid().is_root() {
+        probe.args(["--mount", "true"]);
+    } else {
+        probe.args(["--user", "--mount", "true"]);
+    }
+    match probe.output() {
+        Ok(out) if out.status.success() => finding(what, Verdict::Ok, "can be had"),
+        Ok(out) => {
+            let reason = String::from_utf8_lossy(&out.stderr).trim().to_owned();
+            finding(what, Verdict::Warn, format!("{reason}: {missing}"))
+        }
+        Err(e) => finding(what, Verdict::Warn, format!("cannot run unshare: {e}")),
+    }
+}
+
+fn ptrace() -> Finding {
+    let what = "process memory";
+    match read("/proc/sys/kernel/yama/ptrace_scope").as_deref() {
+        None | Some("0" | "1") => finding(
+            what,
+            Verdict::Ok,
+            "the router can reach memory that cannot be shared",
+        ),
+        Some(scope) => finding(
+            what,
+            Verdict::Warn,
+            format!(
+                "kernel.yama.ptrace_scope is {scope}: memory that cannot be shared can be \
+                 registered only if the router is root"
+            ),
+        ),
+    }
+}
+
+fn huge_pages() -> Finding {
+    let n = read("/proc/sys/vm/nr_hugepages").unwrap_or_else(|| "0".into());
+    finding(
+        "huge pages",
+        Verdict::Ok,
+        format!("{n} reserved; memory in huge pages is copied across processes"),
+    )
+}
+
+fn nic() -> Finding {
+    let devices = std::fs::read_dir("/sys/class/infiniband")
+        .map(|d| d.count())
+        .unwrap_or(0);
+    let detail = match devices {
+        0 => "none: not needed".to_owned(),
+        n => format!("{n} in /sys/class/infiniband: not used by this release"),
+    };
+    finding("RDMA NIC", Verdict::Ok, detail)
+}
+
+fn libraries() -> Finding {
+    match inject::library_dir() {
+        Ok(dir) => finding("our libraries", Verdict::Ok, dir.display().to_string()),
+        Err(e) => finding("our libraries", Verdict::Fail, e.to_string()),
+    }
+}
+
+fn stock_libraries() -> Finding {
+    let what = "stock libraries";
+    if let Some(preload) = std::env::var_os("LD_PRELOAD").filter(|p| !p.is_empty()) {
+        let detail = format!(
+            "LD_PRELOAD is {}: it comes before our libraries",
+            preload.display()
+        );
+        return finding(what, Verdict::Warn, detail);
+    }
+    let stock = [
+        "/usr/lib/x86_64-linux-gnu/libibverbs.so.1",
+        "/usr/lib64/libibverbs.so.1",
+    ]
+    .into_iter()
+    .find(|p| Path::new(p).exists());
+    let detail = match stock {
+        Some(path) => {
+            format!("{path} is there; programs get ours by LD_LIBRARY_PATH, and are told if not")
+        }
+        None => "none in the usual places".to_owned(),
+    };
+    finding(what, Verdict::Ok, detail)
+}
+
+fn descriptors() -> Finding {
+    use rustix::process::{Resource, getrlimit};
+    let limit = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
+    let verdict = if limit < 4096 {
+        Verdict::Warn
+    } else {
+        Verdict::Ok
+    };
+    let detail = format!("{limit} for the router: two for each process, one for each channel");
+    finding("descriptors", verdict, detail)
+}

@@ -1,0 +1,186 @@
+//! `freeflow status` and `freeflow endpoint`: what the router says.
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use freeflow_api::{
+    ControlAnswer, EndpointStatus, NewEndpoint, Operation, RouterStatus, RuntimeDir,
+};
+
+use crate::client::Client;
+use crate::{EndpointCommand, Output};
+
+pub(crate) fn status(dir: &RuntimeDir, output: Output) -> Result<ExitCode> {
+    let status = Client::connect(dir)?.status()?;
+    match output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&status)?),
+        Output::Text => print_status(dir, &status),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_status(dir: &RuntimeDir, status: &RouterStatus) {
+    println!(
+        "router {} (pid {}) serves {} for {} s",
+        status.version,
+        status.pid,
+        dir.path().display(),
+        status.uptime_ms / 1000
+    );
+    print_endpoints(&status.endpoints);
+    let sessions: Vec<_> = status
+        .endpoints
+        .iter()
+        .flat_map(|e| e.sessions.iter().map(move |s| (e, s)))
+        .collect();
+    if !sessions.is_empty() {
+        let mut rows = vec![row(&[
+            "ENDPOINT",
+            "PID",
+            "UID",
+            "QPS",
+            "CQS",
+            "MRS",
+            "REGISTERED",
+            "COPIED",
+            "PATH",
+        ])];
+        for (e, s) in sessions {
+            rows.push(row(&[
+                &e.name,
+                &s.pid.to_string(),
+                &s.uid.to_string(),
+                &s.qps.to_string(),
+                &s.cqs.to_string(),
+                &s.mrs.to_string(),
+                &bytes(s.registered_bytes),
+                &bytes(s.foreign_bytes),
+                if s.foreign_bytes == 0 {
+                    "shared memory"
+                } else {
+                    "copied in part"
+                },
+            ]));
+        }
+        println!();
+        print_table(&rows);
+    }
+    if !status.ended_sessions.is_empty() {
+        println!("\nsessions that ended last:");
+        for ended in status.ended_sessions.iter().rev().take(5) {
+            println!("  {} (pid {}): {}", ended.endpoint, ended.pid, ended.reason);
+        }
+    }
+}
+
+fn row(cells: &[&str]) -> Vec<String> {
+    cells.iter().map(|&c| c.to_owned()).collect()
+}
+
+fn print_table(rows: &[Vec<String>]) {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |c: usize| {
+        rows.iter()
+            .filter_map(|r| r.get(c))
+            .map(String::len)
+            .max()
+            .unwrap_or(0)
+    };
+    let widths: Vec<_> = (0..columns).map(width).collect();
+    for row in rows {
+        let cells: Vec<_> = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, &w)| format!("{cell:<w$}"))
+            .collect();
+        println!("{}", cells.join("  ").trim_end());
+    }
+}
+
+fn bytes(n: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = n as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 {
+        format!("{n} B")
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
+}
+
+fn print_endpoints(endpoints: &[EndpointStatus]) {
+    let mut rows = vec![row(&[
+        "NAME", "TENANT", "IP", "SESSIONS", "SENT", "RECEIVED", "FAILED",
+    ])];
+    for e in endpoints {
+        let c = &e.counters;
+        rows.push(row(&[
+            &e.name,
+            &e.tenant,
+            &e.ip.to_string(),
+            &e.sessions.len().to_string(),
+            &format!("{} ({})", c.sent_messages, bytes(c.sent_bytes)),
+            &format!("{} ({})", c.received_messages, bytes(c.received_bytes)),
+            &c.failed_requests.to_string(),
+        ]));
+    }
+    print_table(&rows);
+}
+
+pub(crate) fn endpoint(dir: &RuntimeDir, command: &EndpointCommand) -> Result<ExitCode> {
+    let client = Client::connect(dir)?;
+    match command {
+        EndpointCommand::Ls(args) => {
+            let endpoints = client.status()?.endpoints;
+            match args.output {
+                Output::Json => println!("{}", serde_json::to_string_pretty(&endpoints)?),
+                Output::Text => print_endpoints(&endpoints),
+            }
+        }
+        EndpointCommand::Create { name, ip, tenant } => {
+            let new = NewEndpoint {
+                name: name.clone(),
+                ip: *ip,
+                tenant: tenant.clone(),
+                ephemeral: false,
+            };
+            match client.call(Operation::CreateEndpoint(new))? {
+                ControlAnswer::Created { name, ip, socket } => {
+                    println!("{name} {ip} {}", socket.display());
+                }
+                other => bail!("unexpected answer {other:?}"),
+            }
+        }
+        EndpointCommand::Inspect { name, output } => {
+            let endpoints = client.status()?.endpoints;
+            let Some(found) = endpoints.into_iter().find(|e| e.name == *name) else {
+                bail!("there is no endpoint \"{name}\" (freeflow endpoint ls shows them)");
+            };
+            match output.output {
+                Output::Json => println!("{}", serde_json::to_string_pretty(&found)?),
+                Output::Text => {
+                    print_endpoints(std::slice::from_ref(&found));
+                    println!("gid {}\nsocket {}", found.gid, found.socket.display());
+                }
+            }
+        }
+        EndpointCommand::Rm { name } => {
+            client.call(Operation::RemoveEndpoint { name: name.clone() })?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn sizes_are_readable() {
+        assert_eq!(super::bytes(1023), "1023 B");
+        assert_eq!(super::bytes(1536), "1.5 KiB");
+        assert_eq!(super::bytes(3 << 30), "3.0 GiB");
+    }
+}
