@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
 
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::page_size;
@@ -131,12 +132,14 @@ fn parse(line: &str) -> Option<Vma> {
     })
 }
 
-/// Whether the main thread's stack, which grows, is in a mapping: the kernel put the auxiliary
-/// vector's random bytes on it.
+/// Whether a mapping holds the main thread's stack, which grows (the kernel put the auxiliary
+/// vector's random bytes on it), or this thread's, which cannot be held while it copies itself.
 pub(crate) fn holds_stack(vma: &Vma) -> bool {
+    let here = 0u8;
     // SAFETY: it reads the auxiliary vector.
-    let on_stack = unsafe { libc::getauxval(libc::AT_RANDOM) };
-    (vma.start..vma.end).contains(&on_stack)
+    let main = unsafe { libc::getauxval(libc::AT_RANDOM) };
+    let range = vma.start..vma.end;
+    range.contains(&main) || range.contains(&(std::ptr::from_ref(&here) as u64))
 }
 
 /// Whether this is the only thread of the process.
@@ -176,22 +179,27 @@ const PRESENT: u64 = 1 << 3;
 const SWAPPED: u64 = 1 << 4;
 const ZERO: u64 = 1 << 5;
 
-/// The parts of a range of private memory that were ever written, merged. Where the kernel
-/// cannot tell, the whole range.
-pub(crate) fn touched(start: u64, end: u64) -> Vec<(u64, u64)> {
-    scan(start, end).unwrap_or_else(|| vec![(start, end)])
-}
-
-fn scan(start: u64, end: u64) -> Option<Vec<(u64, u64)>> {
-    let pagemap = File::open("/proc/self/pagemap").ok()?;
+/// Calls `each` with the parts of a range of private memory that were ever written. Where the
+/// kernel cannot tell, that is the whole range.
+///
+/// It allocates nothing: the range may hold the allocator's own records, which must not change
+/// while they are copied.
+pub(crate) fn each_touched(
+    start: u64,
+    end: u64,
+    mut each: impl FnMut(u64, u64) -> Result<(), Errno>,
+) -> Result<(), Errno> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let Ok(pagemap) = rustix::fs::open(c"/proc/self/pagemap", flags, Mode::empty()) else {
+        return each(start, end);
+    };
     // Write-protection of a page that does not exist looks like a swapped page.
     let wanted = if is_swapping() {
         PRESENT | SWAPPED
     } else {
         PRESENT
     };
-    let mut found: Vec<(u64, u64)> = Vec::new();
-    let mut regions = [PageRegion::default(); 512];
+    let mut regions = [PageRegion::default(); 64];
     let mut at = start;
     while at < end {
         let mut arg = PagemapScan {
@@ -209,25 +217,30 @@ fn scan(start: u64, end: u64) -> Option<Vec<(u64, u64)>> {
         // SAFETY: the kernel reads and writes the structure whose size it is told, and writes at
         // most `vec_len` regions.
         let n = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &mut arg) };
-        for region in regions.get(..usize::try_from(n).ok()?)? {
-            match found.last_mut() {
-                Some(last) if last.1 == region.start => last.1 = region.end,
-                _ => found.push((region.start, region.end)),
-            }
-        }
-        if arg.walk_end <= at {
-            return None;
+        let found = usize::try_from(n).ok().and_then(|n| regions.get(..n));
+        let Some(found) = found.filter(|_| arg.walk_end > at) else {
+            return each(at, end);
+        };
+        for region in found {
+            each(region.start, region.end)?;
         }
         at = arg.walk_end;
     }
-    Some(found)
+    Ok(())
 }
 
-/// Whether any page of the process is swapped out.
+/// Whether any page of the process is swapped out, or it cannot be told. Allocates nothing.
 fn is_swapping() -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let swapped = status.lines().find_map(|line| line.strip_prefix("VmSwap:"));
-    swapped.is_none_or(|kb| kb.trim() != "0 kB")
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let Ok(status) = rustix::fs::open(c"/proc/self/status", flags, Mode::empty()) else {
+        return true;
+    };
+    let mut buffer = [0; 4096];
+    let Ok(n) = rustix::io::read(&status, &mut buffer) else {
+        return true;
+    };
+    const NONE: &[u8] = b"VmSwap:\t       0 kB";
+    !buffer[..n].windows(NONE.len()).any(|window| window == NONE)
 }
 
 #[cfg(test)]
@@ -249,6 +262,16 @@ mod tests {
         assert_eq!(asked, listed);
         assert!(asked.start <= addr && addr < asked.end && asked.write && !asked.shared);
         assert!(maps.at_or_after(u64::MAX - 8191).is_none());
+    }
+
+    #[test]
+    fn the_kernel_says_whether_pages_are_swapped() {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("VmSwap:"))
+            .unwrap();
+        assert_eq!(is_swapping(), !line.ends_with(" 0 kB"), "{line}");
     }
 
     #[test]

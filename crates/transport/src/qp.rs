@@ -1,7 +1,7 @@
 //! A queue pair's state, its retries and its sequence numbers.
 
 use freeflow_types::{
-    AsyncEventType, Opcode, Psn, QpAttr, QpAttrMask, QpCap, QpState, QpType, WcStatus,
+    AsyncEventType, Mtu, Opcode, Psn, QpAttr, QpAttrMask, QpCap, QpState, QpType, WcStatus,
     rnr_timer_ns, timeout_ns,
 };
 use serde::{Deserialize, Serialize};
@@ -97,12 +97,20 @@ pub struct Qp {
 impl Qp {
     /// A queue pair in RESET.
     pub fn new(qp_type: QpType, cap: QpCap) -> Self {
+        // A datagram queue pair has no path of its own: its packets are as long as the port's.
+        let path_mtu = if qp_type == QpType::Ud {
+            Mtu::B4096
+        } else {
+            Mtu::B1024
+        };
+        let attr = QpAttr {
+            cap,
+            path_mtu,
+            ..QpAttr::default()
+        };
         Qp {
             qp_type,
-            attr: QpAttr {
-                cap,
-                ..QpAttr::default()
-            },
+            attr,
             timeouts: 0,
             rnr_naks: 0,
         }
