@@ -1,1 +1,19 @@
-//! End to end tests: unmodified programs over FreeFlow.
+//! A test bed: a router of its own on this machine, endpoints on it, and programs on them.
+//!
+//! Tests say with [`skip`] that the machine lacks what they need; `cargo xtask test` collects
+//! what was skipped and says so at its end. Every wait has a deadline.
+
+mod bed;
+mod machine;
+mod port;
+mod process;
+
+pub use bed::{Bed, Endpoint, dist};
+pub use machine::{TcpPair, have, is_root, program, skip};
+pub use port::{free_port, wait_for_listener};
+pub use process::{Ended, Running};
+
+use std::time::Duration;
+
+/// A program that is not done by then hangs: generous, as machines are shared.
+pub const DEADLINE: Duration = Duration::from_secs(90);

@@ -1,2 +1,38 @@
-//! Repository tasks.
-fn main() {}
+//! Repository tasks, run as `cargo xtask TASK`. Each installs what it needs.
+
+mod cargo;
+mod demo;
+mod dist;
+mod measure;
+mod packages;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Tasks of the FreeFlow repository")]
+enum Task {
+    /// Run Debian's RDMA programs between two endpoints, and print their figures beside TCP's
+    Demo,
+    /// Run every test that can run on this machine
+    Test(test::TestArgs),
+    /// Build target/dist: bin/freeflow and the libraries
+    Dist,
+}
+
+fn main() -> ExitCode {
+    let done = match Task::parse() {
+        Task::Demo => demo::demo(),
+        Task::Test(args) => test::test(&args),
+        Task::Dist => dist::dist().map(|dir| println!("{}", dir.display())),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("xtask: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

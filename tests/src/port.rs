@@ -1,0 +1,53 @@
+//! TCP ports for the bootstrap of RDMA programs.
+
+use std::net::TcpListener;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::{Duration, Instant};
+
+/// Below the range from which the kernel takes ports of outgoing connections.
+const FIRST: u16 = 11_000;
+const SPAN: u16 = 20_000;
+
+/// A port of this host that nobody listens on, and that no other test of this run gets.
+pub fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let start = (std::process::id().wrapping_mul(97) % u32::from(SPAN)) as u16;
+    loop {
+        // Relaxed: only that no two callers get the same number matters.
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = FIRST + start.wrapping_add(n) % SPAN;
+        if TcpListener::bind(("0.0.0.0", port)).is_ok() {
+            return port;
+        }
+    }
+}
+
+/// Waits until somebody listens on a TCP port of this network namespace; false at the deadline.
+pub fn wait_for_listener(port: u16, deadline: Duration) -> bool {
+    let until = Instant::now() + deadline;
+    while Instant::now() < until {
+        if is_listening(port) {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    false
+}
+
+fn is_listening(port: u16) -> bool {
+    const LISTEN: &str = "0A";
+    let wanted = format!(":{port:04X}");
+    ["/proc/net/tcp", "/proc/net/tcp6"]
+        .into_iter()
+        .any(|table| {
+            std::fs::read_to_string(table)
+                .unwrap_or_default()
+                .lines()
+                .skip(1)
+                .any(|line| {
+                    let mut fields = line.split_ascii_whitespace().skip(1);
+                    let local = fields.next().unwrap_or_default();
+                    local.ends_with(&wanted) && fields.nth(1) == Some(LISTEN)
+                })
+        })
+}

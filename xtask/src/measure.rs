@@ -1,0 +1,147 @@
+//! Running the programs that measure, and reading their figures.
+
+use anyhow::{Context, Result, bail};
+use freeflow_tests::{Bed, TcpPair};
+
+/// Port of qperf's server.
+const QPERF_PORT: u16 = 19_765;
+const QPERF_PORT_TEXT: &str = "19765";
+
+/// Bytes per second that a perftest bandwidth program measured for each size: (bytes, MB/s of
+/// 2^20 bytes, million messages per second).
+pub(crate) fn bandwidth(bed: &Bed, program: &str, args: &[&str]) -> Result<Vec<(u64, f64, f64)>> {
+    let rows = rows(bed, program, args)?;
+    rows.iter()
+        .map(|r| match r[..] {
+            [bytes, _, _, average, rate, ..] => Ok((bytes as u64, average, rate)),
+            _ => bail!("{program} printed no row of bandwidth: {r:?}"),
+        })
+        .collect()
+}
+
+/// Latencies that a perftest latency program measured: (bytes, typical us, 99 % us).
+pub(crate) fn latency(bed: &Bed, program: &str, args: &[&str]) -> Result<Vec<(u64, f64, f64)>> {
+    let rows = rows(bed, program, args)?;
+    rows.iter()
+        .map(|r| match r[..] {
+            [bytes, _, _, _, typical, _, _, p99, ..] => Ok((bytes as u64, typical, p99)),
+            _ => bail!("{program} printed no row of latency: {r:?}"),
+        })
+        .collect()
+}
+
+/// The rows of figures behind perftest's heading.
+fn rows(bed: &Bed, program: &str, args: &[&str]) -> Result<Vec<Vec<f64>>> {
+    let (_, client) = bed.pair(program, args)?;
+    let rows = parse_rows(&client.stdout);
+    if rows.is_empty() {
+        bail!("{program} printed no figures:\n{}", client.stdout);
+    }
+    Ok(rows)
+}
+
+fn parse_rows(text: &str) -> Vec<Vec<f64>> {
+    text.lines()
+        .skip_while(|line| !line.trim_start().starts_with("#bytes"))
+        .filter_map(|line| {
+            let numbers: Option<Vec<f64>> = line
+                .split_ascii_whitespace()
+                .map(|word| word.parse().ok())
+                .collect();
+            numbers.filter(|n| n.len() >= 5)
+        })
+        .collect()
+}
+
+/// TCP between two network namespaces by qperf: (one-way latency of `bytes` in us, MB/s with
+/// messages of `bulk` bytes).
+pub(crate) fn tcp(pair: &TcpPair, bytes: u64, bulk: u64) -> Result<(f64, f64)> {
+    let run = |test: &str, size: u64| -> Result<String> {
+        let size = size.to_string();
+        let client = [
+            TcpPair::SERVER,
+            "-lp",
+            QPERF_PORT_TEXT,
+            "-t",
+            "2",
+            "-m",
+            &size,
+            "-vvu",
+            test,
+        ];
+        let server = ("qperf", ["-lp", QPERF_PORT_TEXT]);
+        let said = pair.measure((server.0, &server.1), QPERF_PORT, ("qperf", &client))?;
+        Ok(said.stdout)
+    };
+    // -u: in base units, nanoseconds and bytes a second.
+    let latency = figure(&run("tcp_lat", bytes)?, "latency").context("qperf tcp_lat")?;
+    let rate = figure(&run("tcp_bw", bulk)?, "bw").context("qperf tcp_bw")?;
+    Ok((latency / 1e3, rate / f64::from(1 << 20)))
+}
+
+/// A figure of qperf's in nanoseconds or bytes a second.
+fn figure(text: &str, name: &str) -> Result<f64> {
+    let line = text
+        .lines()
+        .find(|line| line.trim_start().starts_with(name) && line.contains('='))
+        .with_context(|| format!("no {name} in:\n{text}"))?;
+    let (_, value) = line.split_once('=').context("no value")?;
+    let mut words = value.split_ascii_whitespace();
+    let number: f64 = words
+        .next()
+        .unwrap_or_default()
+        .replace(',', "")
+        .parse()
+        .with_context(|| format!("no number in {line}"))?;
+    let unit = words.next().unwrap_or_default();
+    let factor = match unit {
+        "ns" | "bytes/sec" => 1.0,
+        "us" | "KB/sec" => 1e3,
+        "ms" | "MB/sec" => 1e6,
+        "sec" | "GB/sec" => 1e9,
+        other => bail!("unit {other} in {line}"),
+    };
+    Ok(number * factor)
+}
+
+/// The middle of some figures.
+pub(crate) fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_by(f64::total_cmp);
+    figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn perftests_rows_are_read() {
+        let text = " Mtu : 4096[B]\n #bytes     #iterations    BW peak[MB/sec]    BW average[MB/sec]\n \
+                    64   5000   0.00   192.02   3.146\n-----\n";
+        assert_eq!(parse_rows(text), [[64.0, 5000.0, 0.0, 192.02, 3.146]]);
+        assert!(parse_rows("nothing").is_empty());
+    }
+
+    #[test]
+    fn qperfs_figures_are_read() {
+        assert_eq!(
+            figure("tcp_lat:\n    latency  =  38.8 us\n", "latency").unwrap(),
+            38_800.0
+        );
+        assert_eq!(
+            figure("tcp_bw:\n    bw  =  1.5 GB/sec\n", "bw").unwrap(),
+            1.5e9
+        );
+        assert_eq!(
+            figure("    bw  =  1,500 bytes/sec\n", "bw").unwrap(),
+            1500.0
+        );
+        assert!(figure("nothing", "bw").is_err());
+    }
+
+    #[test]
+    fn the_median_is_in_the_middle() {
+        assert_eq!(median(vec![9.0, 1.0, 5.0]), 5.0);
+        assert!(median(vec![]).is_nan());
+    }
+}

@@ -1,0 +1,71 @@
+//! What the tasks need of the machine.
+
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result};
+use freeflow_tests::is_root;
+
+/// Programs that are run over FreeFlow, and their peers.
+pub(crate) const PROGRAMS: [&str; 9] = [
+    "perftest",
+    "ibverbs-utils",
+    "rdmacm-utils",
+    "ibverbs-providers",
+    "qperf",
+    "iperf3",
+    "iproute2",
+    "ucx-utils",
+    "python3-minimal",
+];
+
+/// What tests compile against, and what they look at programs with.
+pub(crate) const DEVELOPMENT: [&str; 5] = [
+    "gcc",
+    "libc6-dev",
+    "libibverbs-dev",
+    "librdmacm-dev",
+    "binutils",
+];
+
+fn is_installed(package: &str) -> bool {
+    let said = Command::new("dpkg-query")
+        .args(["-W", "-f", "${Status}", package])
+        .stderr(Stdio::null())
+        .output();
+    said.is_ok_and(|out| out.stdout == b"install ok installed")
+}
+
+/// Installs Debian packages that are missing. Where that is not possible it says which; what
+/// needs them is skipped then.
+pub(crate) fn install(packages: &[&str]) -> Result<()> {
+    let missing: Vec<_> = packages.iter().filter(|p| !is_installed(p)).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let names = missing.iter().map(|p| **p).collect::<Vec<_>>().join(" ");
+    if !is_root() || freeflow_tests::program("apt-get").is_none() {
+        eprintln!(
+            "xtask: not installed here, and only root on Debian can: apt-get install {names}"
+        );
+        return Ok(());
+    }
+    println!("installing {names}");
+    let apt = |args: &[&str]| -> Result<bool> {
+        let status = Command::new("apt-get")
+            .args(["-qq", "-o", "DPkg::Lock::Timeout=120"])
+            .args(args)
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .status()
+            .context("cannot run apt-get")?;
+        Ok(status.success())
+    };
+    let mut install = vec!["install", "-y", "--no-install-recommends"];
+    install.extend(missing.iter().map(|p| **p));
+    // The lists may be old, or not there yet.
+    if !apt(&install)? && !(apt(&["update"])? && apt(&install)?) {
+        eprintln!("xtask: apt-get could not install {names}; what needs it is skipped");
+    }
+    Ok(())
+}
