@@ -117,7 +117,7 @@ impl Bed {
         let mut both = args.to_vec();
         both.extend(["-p", &port_text]);
         let mut serving = server.start(program, &both)?;
-        if !wait_for_listener(port, DEADLINE) {
+        if !wait_for_listener(port, DEADLINE, || serving.is_alive()) {
             serving.signal(rustix::process::Signal::KILL);
             bail!("the server does not listen: {}", serving.wait(DEADLINE)?);
         }

@@ -22,14 +22,15 @@ pub fn free_port() -> u16 {
     }
 }
 
-/// Waits until somebody listens on a TCP port of this network namespace; false at the deadline.
-pub fn wait_for_listener(port: u16, deadline: Duration) -> bool {
+/// Waits until somebody listens on a TCP port of this network namespace; false at the deadline,
+/// or if `alive` says that nobody will.
+pub fn wait_for_listener(port: u16, deadline: Duration, mut alive: impl FnMut() -> bool) -> bool {
     let until = Instant::now() + deadline;
-    while Instant::now() < until {
+    while Instant::now() < until && alive() {
         if is_listening(port) {
             return true;
         }
-        std::thread::sleep(Duration::from_millis(2));
+        std::thread::sleep(Duration::from_millis(5));
     }
     false
 }
