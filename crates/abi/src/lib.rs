@@ -41,4 +41,6 @@ const _: () = {
     assert!(size_of::<ibv_port_attr>() == 56);
     assert!(size_of::<ibv_device_attr>() == 232);
     assert!(size_of::<ibv_device_attr_ex>() == 400);
+    assert!(size_of::<ibv_qp_init_attr_ex>() == 136);
+    assert!(offset_of!(ibv_qp_init_attr_ex, comp_mask) == 60);
 };

@@ -68,8 +68,19 @@ pub(crate) unsafe extern "C" fn create_qp_ex(
         0
     };
     let pd = init.pd;
+    let mut base = ibv_qp_init_attr {
+        qp_context: init.qp_context,
+        send_cq: init.send_cq,
+        recv_cq: init.recv_cq,
+        srq: init.srq,
+        cap: init.cap,
+        qp_type: init.qp_type,
+        sq_sig_all: init.sq_sig_all,
+    };
     // SAFETY: the caller gives a live domain and queues.
-    give(unsafe { create(pd, &mut init.base, ops) })
+    let made = unsafe { create(pd, &mut base, ops) };
+    init.cap = base.cap;
+    give(made)
 }
 
 /// Creates a queue pair that also has the operations `ops` of the extended interface.
