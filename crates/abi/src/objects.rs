@@ -3,7 +3,9 @@
 use core::ffi::{c_char, c_int, c_uint, c_void};
 
 use crate::context::ibv_context;
-use crate::work::ibv_poll_cq_attr;
+use crate::memory::{ibv_mw, ibv_mw_bind_info};
+use crate::srq::ibv_srq;
+use crate::work::{ibv_poll_cq_attr, ibv_wc_tm_info};
 
 /// Room of glibc's `pthread_mutex_t` on 64-bit Linux.
 #[derive(Clone, Copy)]
@@ -110,7 +112,7 @@ pub struct ibv_cq_ex {
     pub read_completion_ts: read_u64,
     pub read_cvlan: Option<unsafe extern "C" fn(*mut ibv_cq_ex) -> u16>,
     pub read_flow_tag: read_u32,
-    pub read_tm_info: Option<unsafe extern "C" fn(*mut ibv_cq_ex, *mut c_void)>,
+    pub read_tm_info: Option<unsafe extern "C" fn(*mut ibv_cq_ex, *mut ibv_wc_tm_info)>,
     pub read_completion_wallclock_ns: read_u64,
 }
 
@@ -121,7 +123,7 @@ pub struct ibv_qp {
     pub pd: *mut ibv_pd,
     pub send_cq: *mut ibv_cq,
     pub recv_cq: *mut ibv_cq,
-    pub srq: *mut c_void,
+    pub srq: *mut ibv_srq,
     pub handle: u32,
     pub qp_num: u32,
     pub state: c_uint,
@@ -148,7 +150,7 @@ pub struct ibv_qp_ex {
     pub wr_flags: c_uint,
     pub wr_atomic_cmp_swp: Option<unsafe extern "C" fn(Qpx, u32, u64, u64, u64)>,
     pub wr_atomic_fetch_add: Option<unsafe extern "C" fn(Qpx, u32, u64, u64)>,
-    pub wr_bind_mw: Option<unsafe extern "C" fn(Qpx, *mut c_void, u32, *const c_void)>,
+    pub wr_bind_mw: Option<unsafe extern "C" fn(Qpx, *mut ibv_mw, u32, *const ibv_mw_bind_info)>,
     pub wr_local_inv: Option<unsafe extern "C" fn(Qpx, u32)>,
     pub wr_rdma_read: Option<unsafe extern "C" fn(Qpx, u32, u64)>,
     pub wr_rdma_write: Option<unsafe extern "C" fn(Qpx, u32, u64)>,

@@ -2,6 +2,7 @@
 
 use core::ffi::{c_int, c_uint, c_void};
 
+use crate::memory::{ibv_mw, ibv_mw_bind_info};
 use crate::objects::ibv_ah;
 
 #[derive(Clone, Copy)]
@@ -44,6 +45,29 @@ pub union ibv_send_wr_wr {
     pub ud: ibv_send_wr_ud,
 }
 
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct ibv_send_wr_bind_mw {
+    pub mw: *mut ibv_mw,
+    pub rkey: u32,
+    pub bind_info: ibv_mw_bind_info,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct ibv_send_wr_tso {
+    pub hdr: *mut c_void,
+    pub hdr_sz: u16,
+    pub mss: u16,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub union ibv_send_wr_more {
+    pub bind_mw: ibv_send_wr_bind_mw,
+    pub tso: ibv_send_wr_tso,
+}
+
 #[repr(C)]
 pub struct ibv_send_wr {
     pub wr_id: u64,
@@ -56,8 +80,7 @@ pub struct ibv_send_wr {
     pub imm_data: u32,
     pub wr: ibv_send_wr_wr,
     pub remote_srqn: u32,
-    /// Memory window binding, or segmentation offload.
-    pub more: [u64; 6],
+    pub more: ibv_send_wr_more,
 }
 
 #[repr(C)]
@@ -90,6 +113,14 @@ pub struct ibv_wc {
 #[repr(C)]
 pub struct ibv_poll_cq_attr {
     pub comp_mask: u32,
+}
+
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub struct ibv_wc_tm_info {
+    pub tag: u64,
+    /// The program's own word of the tag-matching header.
+    pub private: u32,
 }
 
 #[derive(Clone, Copy)]
