@@ -10,7 +10,7 @@ use crate::cargo::{cargo, run, target};
 use crate::{dist, packages};
 
 /// Version of the licence and dependency checker.
-const CARGO_DENY: &str = "0.19";
+const CARGO_DENY: &str = "0.20";
 
 #[derive(Args)]
 pub(crate) struct TestArgs {
