@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -31,7 +31,7 @@ pub fn dist() -> PathBuf {
 pub struct Bed {
     router: Running,
     dir: TempDir,
-    next: AtomicU8,
+    next: AtomicU16,
 }
 
 impl Bed {
@@ -47,7 +47,7 @@ impl Bed {
         Ok(Bed {
             router,
             dir,
-            next: AtomicU8::new(1),
+            next: AtomicU16::new(1),
         })
     }
 
@@ -100,9 +100,10 @@ impl Bed {
     pub fn endpoint(&self) -> Endpoint<'_> {
         // Relaxed: only that numbers differ matters.
         let n = self.next.fetch_add(1, Ordering::Relaxed);
+        let [high, low] = n.to_be_bytes();
         Endpoint {
             bed: self,
-            ip: IpAddr::from([10, 77, 9, n]),
+            ip: IpAddr::from([10, 78, high, low]),
             tenant: "default".to_owned(),
         }
     }

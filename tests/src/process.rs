@@ -113,13 +113,20 @@ pub struct Running {
 }
 
 impl Running {
-    /// Starts a program in a process group of its own; its standard input is empty unless the
-    /// command says otherwise.
+    /// Starts a program in a process group of its own, with no standard input.
     pub fn start(command: &mut Command) -> Result<Running> {
+        Self::spawn(command.stdin(Stdio::null()))
+    }
+
+    /// As [`Self::start`], with a standard input that ends when this is dropped.
+    pub fn start_piped(command: &mut Command) -> Result<Running> {
+        Self::spawn(command.stdin(Stdio::piped()))
+    }
+
+    fn spawn(command: &mut Command) -> Result<Running> {
         use std::os::unix::process::CommandExt;
         let line = format!("{command:?}");
         let mut child = command
-            .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .process_group(0)

@@ -19,7 +19,9 @@ pub(crate) fn demo() -> Result<()> {
     dist::dist()?;
     let bed = Bed::new()?;
     println!("TCP over a veth pair between two network namespaces, by qperf");
-    let (tcp_us, tcp_rate) = measure::tcp(&TcpPair::new(MTU)?, SMALL, LARGE)?;
+    let pair = TcpPair::new(MTU)?;
+    let tcp_us = measure::tcp_latency(&pair, SMALL)?;
+    let tcp_rate = measure::tcp_rate(&pair, LARGE)?;
     println!("RDMA between two endpoints of one router, by Debian's unmodified perftest");
     let (small, large) = (SMALL.to_string(), LARGE.to_string());
     let mut table = vec![[

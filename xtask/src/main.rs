@@ -1,5 +1,6 @@
 //! Repository tasks, run as `cargo xtask TASK`. Each installs what it needs.
 
+mod bench;
 mod cargo;
 mod demo;
 mod dist;
@@ -20,6 +21,8 @@ enum Task {
     Test(test::TestArgs),
     /// Build target/dist: bin/freeflow and the libraries
     Dist,
+    /// Measure speed and cost beside their peers, as a table and as JSON
+    Bench(bench::BenchArgs),
 }
 
 fn main() -> ExitCode {
@@ -27,6 +30,7 @@ fn main() -> ExitCode {
         Task::Demo => demo::demo(),
         Task::Test(args) => test::test(&args),
         Task::Dist => dist::dist().map(|dir| println!("{}", dir.display())),
+        Task::Bench(args) => bench::bench(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

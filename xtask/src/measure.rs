@@ -5,7 +5,6 @@ use freeflow_tests::{Bed, TcpPair};
 
 /// Port of qperf's server.
 const QPERF_PORT: u16 = 19_765;
-const QPERF_PORT_TEXT: &str = "19765";
 
 /// Bytes per second that a perftest bandwidth program measured for each size: (bytes, MB/s of
 /// 2^20 bytes, million messages per second).
@@ -53,30 +52,23 @@ fn parse_rows(text: &str) -> Vec<Vec<f64>> {
         .collect()
 }
 
-/// TCP between two network namespaces by qperf: (one-way latency of `bytes` in us, MB/s with
-/// messages of `bulk` bytes).
-pub(crate) fn tcp(pair: &TcpPair, bytes: u64, bulk: u64) -> Result<(f64, f64)> {
-    let run = |test: &str, size: u64| -> Result<String> {
-        let size = size.to_string();
-        let client = [
-            TcpPair::SERVER,
-            "-lp",
-            QPERF_PORT_TEXT,
-            "-t",
-            "2",
-            "-m",
-            &size,
-            "-vvu",
-            test,
-        ];
-        let server = ("qperf", ["-lp", QPERF_PORT_TEXT]);
-        let said = pair.measure((server.0, &server.1), QPERF_PORT, ("qperf", &client))?;
-        Ok(said.stdout)
-    };
-    // -u: in base units, nanoseconds and bytes a second.
-    let latency = figure(&run("tcp_lat", bytes)?, "latency").context("qperf tcp_lat")?;
-    let rate = figure(&run("tcp_bw", bulk)?, "bw").context("qperf tcp_bw")?;
-    Ok((latency / 1e3, rate / f64::from(1 << 20)))
+/// One-way latency of TCP messages of `bytes` between two network namespaces, in us, by qperf.
+pub(crate) fn tcp_latency(pair: &TcpPair, bytes: u64) -> Result<f64> {
+    Ok(figure(&qperf(pair, "tcp_lat", bytes)?, "latency")? / 1e3)
+}
+
+/// Rate of a TCP stream of messages of `bytes` between two network namespaces, in MiB/s, by qperf.
+pub(crate) fn tcp_rate(pair: &TcpPair, bytes: u64) -> Result<f64> {
+    Ok(figure(&qperf(pair, "tcp_bw", bytes)?, "bw")? / f64::from(1 << 20))
+}
+
+fn qperf(pair: &TcpPair, test: &str, bytes: u64) -> Result<String> {
+    let bytes = bytes.to_string();
+    let port = QPERF_PORT.to_string();
+    let client = [TcpPair::SERVER, "-lp", &port, "-t", "2", "-m", &bytes, test];
+    let server = ("qperf", ["-lp", port.as_str()]);
+    let ended = pair.measure((server.0, &server.1), QPERF_PORT, ("qperf", &client))?;
+    Ok(ended.stdout)
 }
 
 /// A figure of qperf's in nanoseconds or bytes a second.

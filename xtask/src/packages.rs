@@ -64,7 +64,7 @@ pub(crate) fn install(packages: &[&str]) -> Result<()> {
     let mut install = vec!["install", "-y", "--no-install-recommends"];
     install.extend(missing.iter().map(|p| **p));
     // The lists may be old, or not there yet.
-    if !apt(&install)? && !(apt(&["update"])? && apt(&install)?) {
+    if !(apt(&install)? || apt(&["update"])? && apt(&install)?) {
         eprintln!("xtask: apt-get could not install {names}; what needs it is skipped");
     }
     Ok(())

@@ -1,0 +1,53 @@
+//! Programs for `cargo xtask bench`, each run under `freeflow run`: what perftest does not
+//! measure. Each prints one line of JSON.
+
+mod memory;
+mod queue;
+
+use anyhow::Result;
+use clap::Parser;
+
+#[derive(Parser)]
+#[command(about = "Measures, and prints JSON")]
+enum Measure {
+    /// One thread's memcpy of messages of this size, in MiB/s
+    Memcpy {
+        /// Bytes
+        size: usize,
+    },
+    /// Registration of a large region, beside fallocate and copy into a fresh memfd, in seconds
+    Register {
+        /// MiB
+        #[arg(default_value_t = 1024)]
+        mib: usize,
+    },
+    /// Pairs of register and deregister of 4 KiB, per second
+    Cache,
+    /// Queue pairs created, connected and destroyed, per second
+    Setup,
+    /// RDMA writes of 64 bytes between two queue pairs of this process beside idle ones: ns each
+    Rate {
+        /// Idle queue pairs
+        #[arg(default_value_t = 0)]
+        idle: usize,
+    },
+    /// Keeps queue pairs, idle, until standard input ends
+    Idle {
+        /// Queue pairs
+        #[arg(default_value_t = 16)]
+        qps: usize,
+    },
+}
+
+fn main() -> Result<()> {
+    let figures = match Measure::parse() {
+        Measure::Memcpy { size } => memory::memcpy(size),
+        Measure::Register { mib } => memory::register(mib << 20)?,
+        Measure::Cache => memory::cache()?,
+        Measure::Setup => queue::setup()?,
+        Measure::Rate { idle } => queue::rate(idle)?,
+        Measure::Idle { qps } => queue::idle(qps)?,
+    };
+    println!("{figures}");
+    Ok(())
+}

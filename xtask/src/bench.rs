@@ -1,0 +1,353 @@
+//! `cargo xtask bench`: every figure beside its peer, measured in the same run.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use freeflow_tests::{Bed, DEADLINE, Running, TcpPair};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::cargo::{cargo, run, target};
+use crate::demo::print;
+use crate::{dist, measure, packages};
+
+/// The usual MTU of an Ethernet link.
+const MTU: u32 = 1500;
+const BULK: [u64; 5] = [65_536, 131_072, 262_144, 524_288, 1_048_576];
+const IDLE_ENDPOINTS: usize = 64;
+const IDLE_QPS: usize = 16;
+const IDLE_TIME: Duration = Duration::from_secs(10);
+
+#[derive(Args)]
+pub(crate) struct BenchArgs {
+    /// Runs of each measurement; their median counts
+    #[arg(long, default_value_t = 5)]
+    runs: usize,
+    /// Measure only what has this in its name
+    #[arg(long)]
+    only: Option<String>,
+    /// Where the JSON goes [default: target/bench.json]
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// One figure, and what it is compared with.
+#[derive(Serialize)]
+struct Row {
+    name: String,
+    figure: f64,
+    unit: &'static str,
+    peer: String,
+    peer_figure: f64,
+    /// How often the figure is the peer's.
+    ratio: f64,
+    /// What the ratio is to be, as a sentence.
+    target: &'static str,
+    met: bool,
+}
+
+/// What a ratio is to be.
+#[derive(Clone, Copy)]
+enum Target {
+    AtLeast(f64, &'static str),
+    AtMost(f64, &'static str),
+}
+
+struct Bench {
+    bed: Bed,
+    runs: usize,
+    own: PathBuf,
+    rows: Vec<Row>,
+}
+
+impl Bench {
+    fn row(
+        &mut self,
+        name: impl Into<String>,
+        (figure, unit): (f64, &'static str),
+        (peer, peer_figure): (impl Into<String>, f64),
+        target: Target,
+    ) {
+        let ratio = figure / peer_figure;
+        let (met, target) = match target {
+            Target::AtLeast(bound, text) => (ratio >= bound, text),
+            Target::AtMost(bound, text) => (ratio <= bound, text),
+        };
+        self.rows.push(Row {
+            name: name.into(),
+            figure,
+            unit,
+            peer: peer.into(),
+            peer_figure,
+            ratio,
+            target,
+            met,
+        });
+    }
+
+    /// The median of several runs.
+    fn median(&self, mut measure: impl FnMut() -> Result<f64>) -> Result<f64> {
+        let figures: Result<Vec<_>> = (0..self.runs).map(|_| measure()).collect();
+        Ok(measure::median(figures?))
+    }
+
+    /// Runs one of our own measuring programs on an endpoint.
+    fn own(&self, args: &[&str]) -> Result<Value> {
+        let program = self.own.display().to_string();
+        let ended = self.bed.endpoint().run(&program, args)?;
+        serde_json::from_str(&ended.stdout).with_context(|| ended.to_string())
+    }
+
+    fn own_figure(&self, args: &[&str], name: &str) -> Result<f64> {
+        let said = self.own(args)?;
+        said[name]
+            .as_f64()
+            .with_context(|| format!("no {name} in {said}"))
+    }
+
+    fn bandwidth(&mut self) -> Result<()> {
+        let pair = TcpPair::new(MTU)?;
+        for size in BULK {
+            let text = size.to_string();
+            let (mut ours, mut copy, mut tcp) = (Vec::new(), Vec::new(), Vec::new());
+            // Alternating: what disturbs the machine disturbs all.
+            for _ in 0..self.runs {
+                let iterations = ((4 << 30) / size).clamp(1000, 20_000).to_string();
+                let args = ["-s", &text, "-n", &iterations, "-N"];
+                for (_, rate, _) in measure::bandwidth(&self.bed, "ib_write_bw", &args)? {
+                    ours.push(rate);
+                }
+                copy.push(self.own_figure(&["memcpy", &text], "mib_per_s")?);
+                tcp.push(measure::tcp_rate(&pair, size)?);
+            }
+            let ours = (measure::median(ours), "MiB/s");
+            let name = format!("ib_write_bw {size} B");
+            let memcpy = Target::AtLeast(0.5, "at least 0.5");
+            self.row(
+                &name,
+                ours,
+                ("memcpy, one thread", measure::median(copy)),
+                memcpy,
+            );
+            let eight = Target::AtLeast(8.0, "at least 8");
+            self.row(&name, ours, ("TCP over veth", measure::median(tcp)), eight);
+        }
+        Ok(())
+    }
+
+    fn latency(&mut self) -> Result<()> {
+        let pair = TcpPair::new(MTU)?;
+        for program in ["ib_write_lat", "ib_send_lat"] {
+            let (mut ours, mut tcp) = (Vec::new(), Vec::new());
+            for _ in 0..self.runs {
+                for (_, us, _) in measure::latency(&self.bed, program, &["-s", "8", "-n", "20000"])?
+                {
+                    ours.push(us);
+                }
+                tcp.push(measure::tcp_latency(&pair, 8)?);
+            }
+            let third = Target::AtMost(1.0 / 3.0, "at most 1/3");
+            let ours = (measure::median(ours), "us");
+            let tcp = measure::median(tcp);
+            self.row(
+                format!("{program} 8 B"),
+                ours,
+                ("TCP over veth", tcp),
+                third,
+            );
+        }
+        Ok(())
+    }
+
+    fn message_rate(&mut self) -> Result<()> {
+        let rate = self.median(|| {
+            let args = ["-s", "64", "-n", "500000", "-N"];
+            let rows = measure::bandwidth(&self.bed, "ib_write_bw", &args)?;
+            rows.first().map(|r| r.2).context("no row")
+        })?;
+        let million = Target::AtLeast(1.0, "at least 1 M/s");
+        self.row(
+            "ib_write_bw 64 B",
+            (rate, "M/s"),
+            ("a million", 1.0),
+            million,
+        );
+        let alone = self.median(|| self.own_figure(&["rate", "0"], "ns_per_request"))?;
+        let beside = self.median(|| self.own_figure(&["rate", "1000"], "ns_per_request"))?;
+        let same = Target::AtMost(1.2, "the same");
+        let peer = ("no idle queue pair", alone);
+        self.row(
+            "request beside 1000 idle queue pairs",
+            (beside, "ns"),
+            peer,
+            same,
+        );
+        Ok(())
+    }
+
+    fn registration(&mut self) -> Result<()> {
+        let (mut ours, mut peer, mut untouched) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..self.runs {
+            let said = self.own(&["register"])?;
+            let get = |name: &str| said[name].as_f64().with_context(|| format!("no {name}"));
+            ours.push(get("touched_s")?);
+            peer.push(get("copy_s")?);
+            untouched.push(get("untouched_s")?);
+        }
+        let copy = ("fallocate and copy", measure::median(peer));
+        let near = Target::AtMost(1.2, "at most 1.2");
+        self.row(
+            "register 1 GiB, touched",
+            (measure::median(ours), "s"),
+            copy,
+            near,
+        );
+        let little = Target::AtMost(10.0, "milliseconds");
+        let ms = measure::median(untouched) * 1e3;
+        self.row(
+            "register 1 GiB, untouched",
+            (ms, "ms"),
+            ("a millisecond", 1.0),
+            little,
+        );
+        Ok(())
+    }
+
+    fn control(&mut self) -> Result<()> {
+        let pairs = self.median(|| self.own_figure(&["cache"], "pairs_per_s"))?;
+        let many = Target::AtLeast(1.0, "at least 100 000/s");
+        let peer = ("100 000/s", 100_000.0);
+        self.row("register and deregister 4 KiB", (pairs, "1/s"), peer, many);
+        let qps = self.median(|| self.own_figure(&["setup"], "qps_per_s"))?;
+        let thousand = Target::AtLeast(1.0, "at least 1000/s");
+        let peer = ("1000/s", 1000.0);
+        self.row(
+            "queue pairs set up and destroyed",
+            (qps, "1/s"),
+            peer,
+            thousand,
+        );
+        Ok(())
+    }
+
+    /// Processor time of a router with many idle queue pairs.
+    fn idle(&mut self) -> Result<()> {
+        let program = self.own.display().to_string();
+        let qps = IDLE_QPS.to_string();
+        let mut holders = Vec::new();
+        for _ in 0..IDLE_ENDPOINTS {
+            let endpoint = self.bed.endpoint();
+            let mut command = endpoint.command(&program, &["idle", &qps]);
+            holders.push(Running::start_piped(&mut command)?);
+        }
+        for holder in &holders {
+            holder.wait_for("ready", DEADLINE)?;
+        }
+        std::thread::sleep(Duration::from_secs(1));
+        let pid = self.bed.router().pid();
+        let before = cpu_seconds(pid)?;
+        std::thread::sleep(IDLE_TIME);
+        let used = (cpu_seconds(pid)? - before) * 1e3;
+        let none = Target::AtMost(0.0, "none");
+        let name = format!(
+            "idle router, {IDLE_ENDPOINTS} endpoints, {} QPs",
+            IDLE_ENDPOINTS * IDLE_QPS
+        );
+        self.row(
+            name,
+            (used, "ms"),
+            ("10 s", IDLE_TIME.as_secs_f64() * 1e3),
+            none,
+        );
+        Ok(())
+    }
+}
+
+/// Processor time that a process has used.
+fn cpu_seconds(pid: u32) -> Result<f64> {
+    const UTIME: usize = 11;
+    /// USER_HZ, which is the same on every Linux.
+    const TICKS: f64 = 100.0;
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name in parentheses may hold spaces.
+    let (_, fields) = stat.rsplit_once(") ").context("no name in stat")?;
+    let fields: Vec<_> = fields.split(' ').collect();
+    let ticks = |at: usize| -> Result<f64> { Ok(fields.get(at).context("short")?.parse()?) };
+    Ok((ticks(UTIME)? + ticks(UTIME + 1)?) / TICKS)
+}
+
+type Part = (&'static str, fn(&mut Bench) -> Result<()>);
+
+const PARTS: [Part; 6] = [
+    ("bandwidth", Bench::bandwidth),
+    ("latency", Bench::latency),
+    ("message rate", Bench::message_rate),
+    ("registration", Bench::registration),
+    ("control", Bench::control),
+    ("idle", Bench::idle),
+];
+
+/// Measures, prints a table and writes JSON.
+pub(crate) fn bench(args: &BenchArgs) -> Result<()> {
+    if args.runs == 0 {
+        bail!("--runs is 0; at least 1");
+    }
+    packages::install(&packages::PROGRAMS)?;
+    dist::dist()?;
+    run(&mut cargo(&[
+        "build",
+        "--release",
+        "--quiet",
+        "--package",
+        "freeflow-bench",
+    ]))?;
+    let mut bench = Bench {
+        bed: Bed::new()?,
+        runs: args.runs,
+        own: target().join("release/ff-bench"),
+        rows: Vec::new(),
+    };
+    let wanted = |name: &str| args.only.as_deref().is_none_or(|only| name.contains(only));
+    for (name, part) in PARTS.iter().filter(|(name, _)| wanted(name)) {
+        eprintln!("measuring {name}");
+        part(&mut bench).with_context(|| format!("cannot measure {name}"))?;
+    }
+    let mut table = vec![["measured", "", "peer", "", "ratio", "target", ""].map(str::to_owned)];
+    table.extend(bench.rows.iter().map(|row| {
+        [
+            row.name.clone(),
+            format!("{:.3} {}", row.figure, row.unit),
+            row.peer.clone(),
+            format!("{:.3}", row.peer_figure),
+            format!("{:.2}", row.ratio),
+            row.target.to_owned(),
+            if row.met { "met" } else { "MISSED" }.to_owned(),
+        ]
+    }));
+    print(&table);
+    let file = args
+        .json
+        .clone()
+        .unwrap_or_else(|| target().join("bench.json"));
+    write(&file, &bench.rows)
+}
+
+fn write(file: &Path, rows: &[Row]) -> Result<()> {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let kernel = Command::new("uname")
+        .arg("-r")
+        .stdin(Stdio::null())
+        .output()?;
+    let report = serde_json::json!({
+        "cpus": cpus,
+        "kernel": String::from_utf8_lossy(&kernel.stdout).trim(),
+        "rows": rows,
+    });
+    std::fs::write(file, serde_json::to_string_pretty(&report)?)
+        .with_context(|| format!("cannot write {}", file.display()))?;
+    eprintln!("written to {}", file.display());
+    Ok(())
+}
