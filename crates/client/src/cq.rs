@@ -1,5 +1,6 @@
 //! Completion queues.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -62,10 +63,48 @@ impl From<&CompletionEntry> for Completion {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Poller {
+    region: Region,
+    entries: u32,
     consumed: u64,
     empty: u32,
+    /// What was left in the ring before it was resized.
+    carried: VecDeque<CompletionEntry>,
+}
+
+impl Poller {
+    fn new(region: Region, entries: u32) -> Result<Self, Errno> {
+        CqRing::new(region.words(), entries).ok_or(Errno::PROTO)?;
+        Ok(Poller {
+            region,
+            entries,
+            consumed: 0,
+            empty: 0,
+            carried: VecDeque::new(),
+        })
+    }
+
+    fn ring(&self) -> Option<CqRing<'_>> {
+        CqRing::new(self.region.words(), self.entries)
+    }
+
+    /// The next completion; void ones are skipped.
+    fn next(&mut self, produced: u64) -> Option<CompletionEntry> {
+        while let Some(entry) = self.carried.pop_front() {
+            if !entry.void {
+                return Some(entry);
+            }
+        }
+        while self.consumed != produced {
+            let entry = self.ring()?.read(self.consumed);
+            self.consumed += 1;
+            if !entry.void {
+                return Some(entry);
+            }
+        }
+        None
+    }
 }
 
 /// Completion queue.
@@ -73,8 +112,6 @@ struct Poller {
 pub struct Cq {
     session: Arc<Session>,
     pub(crate) handle: Handle,
-    region: Region,
-    entries: u32,
     poller: Mutex<Poller>,
     /// Whose requests complete here.
     qps: Mutex<Vec<Weak<Qp>>>,
@@ -104,13 +141,10 @@ impl Context {
             return Err(Errno::PROTO);
         };
         let region = session.ring(&made.ring, fds)?;
-        CqRing::new(region.words(), made.entries).ok_or(Errno::PROTO)?;
         let cq = Arc::new(Cq {
             session: session.clone(),
             handle: made.cq,
-            region,
-            entries: made.entries,
-            poller: Mutex::default(),
+            poller: Mutex::new(Poller::new(region, made.entries)?),
             qps: Mutex::default(),
             user,
             completion: Acks::default(),
@@ -128,11 +162,7 @@ impl Context {
 impl Cq {
     /// Entries it holds.
     pub fn capacity(&self) -> u32 {
-        self.entries
-    }
-
-    fn ring(&self) -> Option<CqRing<'_>> {
-        CqRing::new(self.region.words(), self.entries)
+        unpoisoned(&self.poller).entries
     }
 
     pub(crate) fn attach(&self, qp: &Arc<Qp>) {
@@ -144,53 +174,48 @@ impl Cq {
     /// Takes completions; returns how many. An error means that the queue overran and is
     /// unusable (`ibv_poll_cq(3)`).
     pub fn poll(&self, out: &mut [Completion]) -> Result<usize, Errno> {
-        let ring = self.ring().ok_or(Errno::IO)?;
         let mut poller = unpoisoned(&self.poller);
-        let produced = ring.produced();
-        if produced == poller.consumed {
-            return self.poll_empty(&ring, poller, out);
+        let produced = poller.ring().ok_or(Errno::IO)?.produced();
+        if produced == poller.consumed && poller.carried.is_empty() {
+            return self.poll_empty(poller, out);
         }
         let mut n = 0;
-        let mut consumed = poller.consumed;
         {
             let retired = self
                 .session
                 .retired
                 .read()
                 .unwrap_or_else(PoisonError::into_inner);
-            while n < out.len() && consumed != produced {
-                let entry = ring.read(consumed);
-                consumed += 1;
-                if entry.void {
-                    continue;
-                }
+            for to in &mut *out {
+                let Some(entry) = poller.next(produced) else {
+                    break;
+                };
                 Session::retire(&retired, entry.slot, entry.is_send, entry.retired);
-                out[n] = Completion::from(&entry);
+                *to = Completion::from(&entry);
                 n += 1;
             }
         }
-        ring.consume(consumed);
-        poller.consumed = consumed;
+        poller.ring().ok_or(Errno::IO)?.consume(poller.consumed);
         poller.empty = 0;
         Ok(n)
     }
 
     fn poll_empty(
         &self,
-        ring: &CqRing<'_>,
         mut poller: std::sync::MutexGuard<'_, Poller>,
         out: &mut [Completion],
     ) -> Result<usize, Errno> {
+        let ring = poller.ring().ok_or(Errno::IO)?;
         if ring.overrun() && ring.produced() == poller.consumed {
             return Err(Errno::IO);
         }
-        poller.empty = poller.empty.wrapping_add(1);
-        let empty = poller.empty;
+        let empty = poller.empty.wrapping_add(1);
         let dead = self.session.link.is_dead()
             || (empty.is_multiple_of(POLLS_PER_CHECK) && self.session.link.check());
         if dead && ring.produced() == poller.consumed {
             return Ok(self.flush(out));
         }
+        poller.empty = empty;
         drop(poller);
         // A program that polls must let the router, and the peer, run.
         if empty > self.session.yield_after {
@@ -226,8 +251,11 @@ impl Cq {
 
     /// A queue pair is destroyed or reset: its completions that were not polled are void.
     pub(crate) fn purge(&self, slot: u32, qpn: u32) {
-        let Some(ring) = self.ring() else { return };
-        let poller = unpoisoned(&self.poller);
+        let mut poller = unpoisoned(&self.poller);
+        for entry in &mut poller.carried {
+            entry.void |= entry.slot == slot && entry.qpn == qpn;
+        }
+        let Some(ring) = poller.ring() else { return };
         let mut at = poller.consumed;
         let end = ring.produced();
         while at != end {
@@ -241,7 +269,8 @@ impl Cq {
 
     /// Asks for one event on the channel (`ibv_req_notify_cq(3)`).
     pub fn req_notify(&self, solicited_only: bool) -> Result<(), Errno> {
-        let ring = self.ring().ok_or(Errno::IO)?;
+        let poller = unpoisoned(&self.poller);
+        let ring = poller.ring().ok_or(Errno::IO)?;
         ring.arm(if solicited_only {
             ARM_SOLICITED
         } else {
@@ -260,12 +289,25 @@ impl Cq {
         self.asynchronous.acknowledge(n);
     }
 
-    /// Changes the number of entries. Not offered yet: EOPNOTSUPP.
+    /// Changes the number of entries to at least `cqe`; completions stay. EINVAL: they would not
+    /// fit.
     pub fn resize(&self, cqe: u32) -> Result<(), Errno> {
-        self.session.tell(&Request::ResizeCq {
+        let request = Request::ResizeCq {
             cq: self.handle,
             cqe,
-        })
+        };
+        // Nobody polls or arms the old ring while the router changes over.
+        let mut poller = unpoisoned(&self.poller);
+        let (Reply::Cq(made), fds) = self.session.call(&request)? else {
+            return Err(Errno::PROTO);
+        };
+        let mut new = Poller::new(self.session.ring(&made.ring, fds)?, made.entries)?;
+        let produced = poller.ring().ok_or(Errno::IO)?.produced();
+        while let Some(entry) = poller.next(produced) {
+            new.carried.push_back(entry);
+        }
+        *poller = new;
+        Ok(())
     }
 
     /// Destroys it, when all its events are acknowledged. EBUSY: a queue pair uses it.

@@ -445,6 +445,7 @@ impl Engine {
             channel: request.channel,
             users: 0,
             memory,
+            before: None,
             region,
             entries,
             produced: 0,
@@ -459,8 +460,29 @@ impl Engine {
     }
 
     fn resize_cq(&mut self, session: Handle, cq: Handle, cqe: u32) -> Outcome {
-        let _ = (self.own_cq(session, cq)?, cqe);
-        Err(Errno::OPNOTSUPP)
+        let c = self.own_cq(session, cq)?;
+        let waiting = c.ring().map_or(0, |ring| ring.backlog(c.produced));
+        if c.overrun || u64::from(cqe) < waiting {
+            return Err(Errno::INVAL);
+        }
+        let entries = cqe.next_power_of_two();
+        let Ring {
+            range,
+            region,
+            location: ring,
+            fds,
+        } = self.alloc_ring(session, bytes_of_words(CqRing::words(entries)))?;
+        let c = self.own_cq(session, cq)?;
+        if let (Some(old), Some(new)) = (c.ring(), CqRing::new(region.words(), entries)) {
+            old.hand_over_arming(&new);
+        }
+        (c.region, c.entries, c.produced) = (region, entries, 0);
+        let old = std::mem::replace(&mut c.memory, range);
+        if let Some(older) = c.before.replace(old) {
+            // It was handed out by the same areas.
+            let _ = self.session_mut(session)?.slabs.free(older);
+        }
+        Ok((Reply::Cq(CqCreated { cq, entries, ring }), fds))
     }
 
     fn destroy_cq(&mut self, session: Handle, cq: Handle) -> Outcome {
@@ -478,8 +500,10 @@ impl Engine {
         }
         if let Some(s) = self.sessions.get_mut(c.session) {
             s.counts.cqs -= 1;
-            // It was handed out by the same areas.
-            let _ = s.slabs.free(c.memory);
+            for range in std::iter::once(c.memory).chain(c.before) {
+                // It was handed out by the same areas.
+                let _ = s.slabs.free(range);
+            }
         }
     }
 

@@ -148,6 +148,8 @@ pub(crate) struct Cq {
     pub(crate) channel: Option<Handle>,
     pub(crate) users: u32,
     pub(crate) memory: Range,
+    /// The ring before it was resized, which the library may still read.
+    pub(crate) before: Option<Range>,
     pub(crate) region: Region,
     pub(crate) entries: u32,
     pub(crate) produced: u64,

@@ -158,8 +158,9 @@ pub enum Request {
     },
     /// Creates a completion queue. [`Reply::Cq`]; descriptor: the slab, if it is new.
     CreateCq(CreateCq),
-    /// Replaces the ring of a CQ. [`Reply::Cq`]; descriptor: the slab, if it is new.
-    /// Completions in the old ring stay there for the library to read first.
+    /// Replaces the ring of a CQ; EINVAL if its completions would not fit. [`Reply::Cq`];
+    /// descriptor: the slab, if it is new. Completions in the old ring stay there, until the CQ
+    /// is resized again or destroyed, for the library to read.
     ResizeCq {
         /// The queue.
         cq: Handle,
@@ -311,28 +312,33 @@ fn at_most(what: &'static str, value: u64, limit: u64) -> Result<(), Invalid> {
     }
 }
 
+/// A completion queue has at least one entry (`ibv_create_cq(3)`, `ibv_resize_cq(3)`).
+fn entries(cqe: u32, limits: &DeviceLimits) -> Result<(), Invalid> {
+    let limit = limits.max_cqe.into();
+    match cqe {
+        0 => Err(Invalid {
+            what: "cqe",
+            value: 0,
+            limit,
+        }),
+        cqe => at_most("cqe", cqe.into(), limit),
+    }
+}
+
 impl Request {
     /// Checks all bounds that do not depend on the session's state. The answer to a request
     /// that fails is EINVAL.
     pub fn validate(&self, limits: &DeviceLimits) -> Result<(), Invalid> {
         match self {
             Request::CreateCq(c) => {
-                at_most("cqe", c.cqe.into(), limits.max_cqe.into())?;
+                entries(c.cqe, limits)?;
                 at_most(
                     "comp_vector",
                     c.comp_vector.into(),
                     u64::from(limits.comp_vectors) - 1,
-                )?;
-                if c.cqe == 0 {
-                    return Err(Invalid {
-                        what: "cqe",
-                        value: 0,
-                        limit: limits.max_cqe.into(),
-                    });
-                }
-                Ok(())
+                )
             }
-            Request::ResizeCq { cqe, .. } => at_most("cqe", (*cqe).into(), limits.max_cqe.into()),
+            Request::ResizeCq { cqe, .. } => entries(*cqe, limits),
             Request::CreateQp(c) => {
                 let (wr, sge) = (limits.max_qp_wr.into(), limits.max_sge.into());
                 at_most("max_send_wr", c.cap.max_send_wr.into(), wr)?;
@@ -446,5 +452,10 @@ mod tests {
         assert!(cq(0).validate(&limits).is_err());
         assert!(cq(limits.max_cqe).validate(&limits).is_ok());
         assert!(cq(limits.max_cqe + 1).validate(&limits).is_err());
+        let resize = Request::ResizeCq {
+            cq: Handle(0),
+            cqe: 0,
+        };
+        assert!(resize.validate(&limits).is_err());
     }
 }

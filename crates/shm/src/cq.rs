@@ -68,6 +68,21 @@ impl<'a> CqRing<'a> {
         wanted && self.words[ARMED].swap(0, Ordering::AcqRel) != 0
     }
 
+    /// Router: how many entries before this index are not consumed. What the library claims is
+    /// not believed beyond the ring's size.
+    pub fn backlog(&self, index: u64) -> u64 {
+        // Acquire: as in `is_full`.
+        let consumed = self.words[CONSUMED].load(Ordering::Acquire);
+        index.wrapping_sub(consumed).min(self.mask + 1)
+    }
+
+    /// Router, when another ring takes the place of this one: what it was armed for goes on. The
+    /// library does not arm either at this moment: it waits for the new ring.
+    pub fn hand_over_arming(&self, to: &CqRing<'_>) {
+        let armed = self.words[ARMED].swap(0, Ordering::AcqRel);
+        to.words[ARMED].store(armed, Ordering::Release);
+    }
+
     /// Router: an entry was lost for want of room.
     pub fn set_overrun(&self) {
         // Release: entries before the overrun are visible (edge: `overrun`).

@@ -171,8 +171,13 @@ pub(crate) unsafe extern "C" fn resize_cq(cq: *mut ibv_cq, cqe: c_int) -> c_int 
     let Ok(cqe) = u32::try_from(cqe) else {
         return libc::EINVAL;
     };
-    // SAFETY: the caller gives a live queue.
-    status(unsafe { ibv_cq::object(cq) }.client.resize(cqe))
+    // SAFETY: the caller gives a live queue, whose size is only written here.
+    unsafe {
+        let client = &ibv_cq::object(cq).client;
+        let result = client.resize(cqe);
+        (*cq).cqe = client.capacity() as c_int;
+        status(result)
+    }
 }
 
 /// `ibv_destroy_cq(3)`: 0 or errno.
