@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use freeflow_session::{CreateQp, Handle, Reply, Request};
 use freeflow_shm::{QpGeometry, QpRings, RecvEntry, Region, SendEntry, Sge};
 use freeflow_types::{
-    AddressVector, Opcode, QpAttr, QpAttrMask, QpCap, QpState, QpType, SendFlags, WcOpcode,
+    AddressVector, Gid, Opcode, QpAttr, QpAttrMask, QpCap, QpState, QpType, SendFlags, WcOpcode,
 };
 use rustix::io::Errno;
 
@@ -223,6 +223,15 @@ impl Qp {
         };
         self.set_state(now.attr.state);
         Ok(now.attr)
+    }
+
+    /// Attaches it to a multicast group, or detaches it (`ibv_attach_mcast(3)`).
+    pub fn multicast(&self, gid: Gid, attach: bool) -> Result<(), Errno> {
+        self.session.tell(&Request::Multicast {
+            qp: self.handle,
+            gid,
+            attach,
+        })
     }
 
     fn purge(&self) {

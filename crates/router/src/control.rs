@@ -118,6 +118,15 @@ impl Engine {
                 self.remove_qp(qp);
                 done()
             }
+            Request::Multicast { qp, gid, attach } => {
+                self.own_qp(session, qp)?;
+                if attach {
+                    self.attach_mcast(qp, gid)?;
+                } else {
+                    self.detach_mcast(qp, gid)?;
+                }
+                done()
+            }
         }
     }
 
@@ -578,6 +587,7 @@ impl Engine {
             queued: false,
             established: false,
             draining: false,
+            groups: Vec::new(),
         };
         let qp = self.qps.insert(qp).ok_or(Errno::NOMEM)?;
         let s = self.session_mut(session)?;
@@ -662,6 +672,10 @@ impl Engine {
 
     /// Removes a queue pair; what is posted on it is forgotten without a completion.
     pub(crate) fn remove_qp(&mut self, qp: Handle) {
+        let groups = self.qps.get(qp).map(|q| q.groups.clone());
+        for gid in groups.unwrap_or_default() {
+            let _ = self.detach_mcast(qp, gid);
+        }
         let Some(q) = self.qps.remove(qp) else { return };
         self.by_qpn.remove(&q.qpn.get());
         self.recent_qpns.push_back(q.qpn.get());

@@ -15,6 +15,7 @@ mod engine;
 mod exec;
 mod foreign;
 mod lifecycle;
+mod mcast;
 mod memory;
 mod objects;
 mod receive;

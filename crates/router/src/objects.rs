@@ -221,6 +221,8 @@ pub(crate) struct QpObject {
     pub(crate) established: bool,
     /// The program wants to know when the send queue has drained.
     pub(crate) draining: bool,
+    /// Multicast groups it is attached to.
+    pub(crate) groups: Vec<Gid>,
 }
 
 impl QpObject {

@@ -4,12 +4,12 @@ use freeflow_session::{Event, Handle};
 use freeflow_shm::{CompletionEntry, RecvEntry, SendEntry};
 use freeflow_transport::Outcome;
 use freeflow_types::{
-    Access, AsyncEventType, GRH_BYTES, Gid, Opcode, QpState, QpType, SendFlags, WcFlags, WcOpcode,
-    WcStatus,
+    Access, AsyncEventType, GRH_BYTES, Gid, Opcode, QpState, QpType, Qpn, SendFlags, WcFlags,
+    WcOpcode, WcStatus,
 };
 
 use crate::EndReason;
-use crate::data::{Source, Span};
+use crate::data::{Fault, Source, Span};
 use crate::engine::Engine;
 use crate::exec::{Request, Step};
 use crate::objects::{QpObject, TakenRecv};
@@ -170,7 +170,7 @@ impl Engine {
         }
     }
 
-    /// Delivers a datagram, or drops it without a word (IBTA volume 1, 9.8.3).
+    /// Delivers a datagram to whom it is for, or drops it without a word (IBTA volume 1, 9.8.3).
     pub(crate) fn datagram(
         &mut self,
         qp: Handle,
@@ -178,6 +178,33 @@ impl Engine {
         near: &[Span],
         far: &mut Vec<Span>,
     ) -> Result<Outcome, Outcome> {
+        let q = self.qps.get(qp).ok_or(Outcome::LocalQpOperation)?;
+        let (from, to) = (q.endpoint, request.entry.av.dgid);
+        let mut delivered = false;
+        if to.is_multicast() && request.entry.remote_qpn == Qpn::MULTICAST.get() {
+            let tenant = self.endpoints.get(from).map(|e| e.tenant);
+            let members = tenant.map(|t| self.groups.members(t, to).to_vec());
+            for member in members.unwrap_or_default() {
+                delivered |= self.deliver(qp, member, request, near, far)?;
+            }
+        } else if let Some(to) = self.find(from, to, request.entry.remote_qpn) {
+            delivered = self.deliver(qp, to, request, near, far)?;
+        }
+        if !delivered && let Some(e) = self.endpoints.get_mut(from) {
+            e.counters.dropped_datagrams += 1;
+        }
+        Ok(Outcome::Delivered)
+    }
+
+    /// Delivers a datagram to one queue pair; false if it does not take it.
+    fn deliver(
+        &mut self,
+        qp: Handle,
+        to: Handle,
+        request: &Request,
+        near: &[Span],
+        far: &mut Vec<Span>,
+    ) -> Result<bool, Outcome> {
         let q = self.qps.get(qp).ok_or(Outcome::LocalQpOperation)?;
         let (from, qpn, own_qkey) = (q.endpoint, q.qpn.get(), q.transport.attr().qkey);
         let entry = &request.entry;
@@ -187,74 +214,63 @@ impl Engine {
         } else {
             entry.remote_qkey
         };
-        let source = self.endpoints.get(from).map(|e| e.gid).unwrap_or_default();
         let takes = |p: &QpObject| {
             let attr = p.transport.attr();
             p.qp_type == QpType::Ud && p.transport.may_receive() && attr.qkey == qkey
         };
-        let to = self.find(from, entry.av.dgid, entry.remote_qpn);
-        let to = to.filter(|&to| self.qps.get(to).is_some_and(takes));
-        let to = to.filter(|&to| self.take_recv(to).is_ok());
-        let Some(to) = to else {
-            if let Some(e) = self.endpoints.get_mut(from) {
-                e.counters.dropped_datagrams += 1;
-            }
-            return Ok(Outcome::Delivered);
-        };
+        if !self.qps.get(to).is_some_and(takes) || self.take_recv(to).is_err() {
+            return Ok(false);
+        }
+        let source = self.endpoints.get(from).map(|e| e.gid).unwrap_or_default();
         let grh = u64::from(GRH_BYTES);
-        self.recv_spans(QpType::Ud, to, request, 0, request.len, grh, far)?;
-        let fault = if request.flags.contains(SendFlags::INLINE) {
+        far.clear();
+        if self
+            .recv_spans(QpType::Ud, to, request, 0, request.len, grh, far)
+            .is_err()
+        {
+            // The buffer was too short, or not the receiver's to write: its request has failed.
+            return Ok(false);
+        }
+        let copied = if request.flags.contains(SendFlags::INLINE) {
             self.copy(far, Source::Bytes(&request.inline))
         } else {
             self.copy(far, Source::Spans(near))
         };
-        let mut header = Vec::new();
-        let with = CompletionEntry {
-            byte_len: GRH_BYTES,
-            ..Default::default()
-        };
-        let empty = Request::default();
-        if fault.is_ok()
-            && self
-                .recv_spans(QpType::Ud, to, &empty, 0, grh, 0, &mut header)
-                .is_ok()
-        {
-            let _ = self.copy(
-                &header,
-                Source::Bytes(&grh_bytes(source, entry, request.len)),
-            );
+        if copied == Err(Fault::Source) {
+            return Err(Outcome::LocalProtection);
         }
+        let mut header = Vec::new();
+        let empty = Request::default();
+        let fits = self.recv_spans(QpType::Ud, to, &empty, 0, grh, 0, &mut header);
+        if copied.is_ok() && fits.is_ok() {
+            let bytes = grh_bytes(source, entry, request.len);
+            let _ = self.copy(&header, Source::Bytes(&bytes));
+        }
+        let imm = if request.opcode == Some(Opcode::SendImm) {
+            WcFlags::WITH_IMM
+        } else {
+            WcFlags::empty()
+        };
         let with = CompletionEntry {
-            byte_len: with.byte_len + request.len as u32,
+            byte_len: GRH_BYTES + request.len as u32,
             imm: entry.imm,
-            wc_flags: (WcFlags::GRH
-                | if request.opcode == Some(Opcode::SendImm) {
-                    WcFlags::WITH_IMM
-                } else {
-                    WcFlags::empty()
-                })
-            .bits(),
+            wc_flags: (WcFlags::GRH | imm).bits(),
             src_qp: qpn,
             sl: entry.av.sl,
-            ..with
+            ..CompletionEntry::default()
         };
         let solicited = request.flags.contains(SendFlags::SOLICITED);
-        let status = if fault.is_ok() {
-            WcStatus::Success
-        } else {
-            WcStatus::LocProtErr
+        let status = match copied {
+            Ok(()) => WcStatus::Success,
+            Err(_) => WcStatus::LocProtErr,
         };
         self.finish_recv(to, status, WcOpcode::Recv, &with, solicited);
-        if let Some(e) = self
-            .qps
-            .get(to)
-            .map(|p| p.endpoint)
-            .and_then(|e| self.endpoints.get_mut(e))
-        {
+        let endpoint = self.qps.get(to).map(|p| p.endpoint);
+        if let Some(e) = endpoint.and_then(|e| self.endpoints.get_mut(e)) {
             e.counters.received_messages += 1;
             e.counters.received_bytes += request.len;
         }
-        Ok(Outcome::Delivered)
+        Ok(copied.is_ok())
     }
 
     /// Flushes one request of a queue pair in error: receive requests too, if `both`.

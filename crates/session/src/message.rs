@@ -193,6 +193,15 @@ pub enum Request {
         /// The QP.
         qp: Handle,
     },
+    /// Attaches a datagram queue pair to a multicast group, or detaches it. [`Reply::Done`].
+    Multicast {
+        /// The QP.
+        qp: Handle,
+        /// The group.
+        gid: Gid,
+        /// Attach, or detach.
+        attach: bool,
+    },
 }
 
 /// What the virtual device is.
@@ -384,7 +393,8 @@ impl Request {
             | Request::DestroyChannel { .. }
             | Request::DestroyCq { .. }
             | Request::QueryQp { .. }
-            | Request::DestroyQp { .. } => Ok(()),
+            | Request::DestroyQp { .. }
+            | Request::Multicast { .. } => Ok(()),
         }
     }
 }

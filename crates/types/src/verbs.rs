@@ -355,6 +355,10 @@ pub struct DeviceLimits {
     pub max_ah: u32,
     /// Completion vectors.
     pub comp_vectors: u32,
+    /// Multicast groups of a tenant on this host.
+    pub max_mcast_grp: u32,
+    /// Queue pairs attached to one multicast group.
+    pub max_mcast_qp_attach: u32,
 }
 
 impl Default for DeviceLimits {
@@ -372,6 +376,8 @@ impl Default for DeviceLimits {
             max_rd_atomic: 16,
             max_ah: 65_536,
             comp_vectors: 1,
+            max_mcast_grp: 8192,
+            max_mcast_qp_attach: 1024,
         }
     }
 }

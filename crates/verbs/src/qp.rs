@@ -5,7 +5,7 @@ use std::cell::UnsafeCell;
 
 use freeflow_abi::*;
 use freeflow_client::{
-    Access, Errno, Mtu, Opcode, QpAttr, QpAttrMask, QpCap, QpInit, QpState, QpType, SendFlags,
+    Access, Errno, Gid, Mtu, Opcode, QpAttr, QpAttrMask, QpCap, QpInit, QpState, QpType, SendFlags,
     SendWr, Sge, UdTarget,
 };
 
@@ -394,6 +394,26 @@ pub(crate) unsafe extern "C" fn post_recv(
     }
     queue.commit();
     result
+}
+
+/// `ibv_attach_mcast(3)`: 0 or errno. RoCE has no LIDs.
+pub(crate) unsafe extern "C" fn attach_mcast(
+    qp: *mut ibv_qp,
+    gid: *const ibv_gid,
+    _lid: u16,
+) -> c_int {
+    // SAFETY: the caller gives a live queue pair and a GID.
+    status(unsafe { ibv_qp::object(qp).client.multicast(Gid((*gid).raw), true) })
+}
+
+/// `ibv_detach_mcast(3)`: 0 or errno.
+pub(crate) unsafe extern "C" fn detach_mcast(
+    qp: *mut ibv_qp,
+    gid: *const ibv_gid,
+    _lid: u16,
+) -> c_int {
+    // SAFETY: the caller gives a live queue pair and a GID.
+    status(unsafe { ibv_qp::object(qp).client.multicast(Gid((*gid).raw), false) })
 }
 
 /// `ibv_query_qp_data_in_order(3)`: data may be written in any order within a message.

@@ -56,9 +56,10 @@ fn device_attr(info: &DeviceInfo) -> ibv_device_attr {
         max_mw: 0,
         max_raw_ipv6_qp: 0,
         max_raw_ethy_qp: 0,
-        max_mcast_grp: 0,
-        max_mcast_qp_attach: 0,
-        max_total_mcast_qp_attach: 0,
+        max_mcast_grp: int(limits.max_mcast_grp),
+        max_mcast_qp_attach: int(limits.max_mcast_qp_attach),
+        max_total_mcast_qp_attach: int(limits.max_mcast_grp)
+            .saturating_mul(int(limits.max_mcast_qp_attach)),
         max_ah: int(limits.max_ah),
         max_fmr: 0,
         max_map_per_fmr: 0,

@@ -35,8 +35,8 @@ export! {
     "ibv_destroy_qp" "@@IBVERBS_1.1" qp::destroy_qp;
     "ibv_create_ah" "@@IBVERBS_1.1" memory::create_ah;
     "ibv_destroy_ah" "@@IBVERBS_1.1" memory::destroy_ah;
-    "ibv_attach_mcast" "@@IBVERBS_1.1" unsupported::errno;
-    "ibv_detach_mcast" "@@IBVERBS_1.1" unsupported::errno;
+    "ibv_attach_mcast" "@@IBVERBS_1.1" qp::attach_mcast;
+    "ibv_detach_mcast" "@@IBVERBS_1.1" qp::detach_mcast;
     "ibv_get_device_list" "@IBVERBS_1.0" device::get_device_list;
     "ibv_free_device_list" "@IBVERBS_1.0" device::free_device_list;
     "ibv_get_device_name" "@IBVERBS_1.0" device::get_device_name;
@@ -68,8 +68,8 @@ export! {
     "ibv_destroy_qp" "@IBVERBS_1.0" qp::destroy_qp;
     "ibv_create_ah" "@IBVERBS_1.0" memory::create_ah;
     "ibv_destroy_ah" "@IBVERBS_1.0" memory::destroy_ah;
-    "ibv_attach_mcast" "@IBVERBS_1.0" unsupported::errno;
-    "ibv_detach_mcast" "@IBVERBS_1.0" unsupported::errno;
+    "ibv_attach_mcast" "@IBVERBS_1.0" qp::attach_mcast;
+    "ibv_detach_mcast" "@IBVERBS_1.0" qp::detach_mcast;
     "ibv_create_comp_channel" "@@IBVERBS_1.0" cq::create_comp_channel;
     "ibv_destroy_comp_channel" "@@IBVERBS_1.0" cq::destroy_comp_channel;
     "ibv_rate_to_mult" "@@IBVERBS_1.0" strings::rate_to_mult;
