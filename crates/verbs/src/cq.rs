@@ -6,6 +6,7 @@ use std::cell::UnsafeCell;
 use freeflow_abi::*;
 use freeflow_client::{Completion, Errno};
 
+use crate::domain::is_parent;
 use crate::objects::{
     Base, COND, Channel, Cq, MUTEX, RawLock, code, context, give, minus_one, set_errno, status,
 };
@@ -151,11 +152,17 @@ pub(crate) unsafe extern "C" fn create_cq_ex(
     } else {
         0
     };
+    const KNOWN: u32 = IBV_CQ_INIT_ATTR_MASK_FLAGS | IBV_CQ_INIT_ATTR_MASK_PD;
     if attr.wc_flags & !OFFERED != 0
-        || attr.comp_mask & !IBV_CQ_INIT_ATTR_MASK_FLAGS != 0
+        || attr.comp_mask & !KNOWN != 0
         || flags & !IBV_CREATE_CQ_ATTR_SINGLE_THREADED != 0
     {
         set_errno(libc::EOPNOTSUPP);
+        return std::ptr::null_mut();
+    }
+    // SAFETY: the caller gives a live domain.
+    if attr.comp_mask & IBV_CQ_INIT_ATTR_MASK_PD != 0 && !unsafe { is_parent(attr.parent_domain) } {
+        set_errno(libc::EINVAL);
         return std::ptr::null_mut();
     }
     let (Ok(cqe), Ok(vector)) = (attr.cqe.try_into(), attr.comp_vector.try_into()) else {

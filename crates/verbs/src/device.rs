@@ -7,7 +7,7 @@ use freeflow_abi::*;
 use freeflow_client as client;
 
 use crate::objects::{Context, MUTEX, NULL, code, context, set_errno};
-use crate::{cq, qp, query, unsupported};
+use crate::{cq, domain, qp, query, unsupported};
 
 /// The one device of a process. It lives as long as the process: programs keep pointers to it.
 struct Device(Box<verbs_device>);
@@ -181,9 +181,9 @@ fn new_context(device: *mut ibv_device, client: Arc<client::Context>) -> Context
         destroy_flow_action: None,
         create_flow_action_esp: None,
         modify_qp_rate_limit: None,
-        alloc_parent_domain: None,
-        dealloc_td: None,
-        alloc_td: None,
+        alloc_parent_domain: Some(domain::alloc_parent_domain),
+        dealloc_td: Some(domain::dealloc_td),
+        alloc_td: Some(domain::alloc_td),
         modify_cq: None,
         post_srq_ops: None,
         destroy_rwq_ind_table: None,

@@ -14,6 +14,7 @@
 
 mod cq;
 mod device;
+mod domain;
 mod event;
 mod export;
 mod marshal;

@@ -2,6 +2,8 @@
 
 use core::ffi::{c_int, c_uint, c_void};
 
+use std::sync::Arc;
+
 use freeflow_abi::*;
 use freeflow_client::{Access, AddressVector, Errno, GRH_BYTES, Gid};
 
@@ -18,20 +20,10 @@ pub(crate) unsafe extern "C" fn alloc_pd(ctx: *mut ibv_context) -> *mut ibv_pd {
                 handle: 0,
             },
             client,
+            users: Arc::default(),
+            parent: None,
         })
     }))
-}
-
-/// `ibv_dealloc_pd(3)`: 0 or errno.
-pub(crate) unsafe extern "C" fn dealloc_pd(pd: *mut ibv_pd) -> c_int {
-    // SAFETY: the caller gives a live domain; only a domain that is gone is dropped.
-    unsafe {
-        let result = ibv_pd::object(pd).client.dealloc();
-        if result.is_ok() {
-            drop(ibv_pd::take(pd));
-        }
-        status(result)
-    }
 }
 
 /// The rights that are meant; unknown ones are refused, optional ones left out.

@@ -3,6 +3,7 @@
 use core::ffi::{c_int, c_void};
 use std::cell::UnsafeCell;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 
 use freeflow_abi::*;
 use freeflow_client as client;
@@ -18,6 +19,21 @@ pub(crate) struct Context {
 pub(crate) struct Pd {
     pub(crate) c: ibv_pd,
     pub(crate) client: Arc<client::Pd>,
+    /// Parent domains over it.
+    pub(crate) users: Arc<AtomicU32>,
+    /// A parent domain over another one.
+    pub(crate) parent: Option<Parent>,
+}
+
+/// What a parent domain uses, by its counts of users.
+pub(crate) struct Parent {
+    pub(crate) uses: Vec<Arc<AtomicU32>>,
+}
+
+#[repr(C)]
+pub(crate) struct Td {
+    pub(crate) c: ibv_td,
+    pub(crate) users: Arc<AtomicU32>,
 }
 
 #[repr(C)]
@@ -116,6 +132,10 @@ pub(crate) unsafe trait Base: Sized {
 // SAFETY: `Pd` is repr(C) and begins with ibv_pd.
 unsafe impl Base for ibv_pd {
     type Object = Pd;
+}
+// SAFETY: `Td` is repr(C) and begins with ibv_td.
+unsafe impl Base for ibv_td {
+    type Object = Td;
 }
 // SAFETY: `Mr` is repr(C) and begins with ibv_mr.
 unsafe impl Base for ibv_mr {

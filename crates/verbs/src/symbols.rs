@@ -1,7 +1,7 @@
 //! Every public symbol of libibverbs, with its version.
 
 use crate::export::export;
-use crate::{cq, device, event, marshal, memory, qp, query, strings, unsupported};
+use crate::{cq, device, domain, event, marshal, memory, qp, query, strings, unsupported};
 
 export! {
     "ibv_get_device_list" "@@IBVERBS_1.1" device::get_device_list;
@@ -19,7 +19,7 @@ export! {
     "ibv_query_qp" "@@IBVERBS_1.1" qp::query_qp;
     "ibv_query_srq" "@@IBVERBS_1.1" unsupported::errno;
     "ibv_alloc_pd" "@@IBVERBS_1.1" memory::alloc_pd;
-    "ibv_dealloc_pd" "@@IBVERBS_1.1" memory::dealloc_pd;
+    "ibv_dealloc_pd" "@@IBVERBS_1.1" domain::dealloc_pd;
     "ibv_reg_mr" "@@IBVERBS_1.1" memory::reg_mr;
     "ibv_dereg_mr" "@@IBVERBS_1.1" memory::dereg_mr;
     "ibv_create_cq" "@@IBVERBS_1.1" cq::create_cq;
@@ -52,7 +52,7 @@ export! {
     "ibv_query_qp" "@IBVERBS_1.0" qp::query_qp;
     "ibv_query_srq" "@IBVERBS_1.0" unsupported::errno;
     "ibv_alloc_pd" "@IBVERBS_1.0" memory::alloc_pd;
-    "ibv_dealloc_pd" "@IBVERBS_1.0" memory::dealloc_pd;
+    "ibv_dealloc_pd" "@IBVERBS_1.0" domain::dealloc_pd;
     "ibv_reg_mr" "@IBVERBS_1.0" memory::reg_mr;
     "ibv_dereg_mr" "@IBVERBS_1.0" memory::dereg_mr;
     "ibv_create_cq" "@IBVERBS_1.0" cq::create_cq;
