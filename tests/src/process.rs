@@ -159,10 +159,17 @@ impl Running {
     /// Waits until it has written something to standard output or standard error.
     pub fn wait_for(&self, needle: &str, deadline: Duration) -> Result<()> {
         let until = Instant::now() + deadline;
-        // One of them says it; the other is looked at when the first has ended.
-        let half = Instant::now() + deadline / 2;
-        if self.stdout.wait_for(needle, half) || self.stderr.wait_for(needle, until) {
-            return Ok(());
+        let both = [&self.stdout, &self.stderr];
+        loop {
+            let ended = both.iter().all(|stream| stream.lock().1);
+            // In turns: only one can be waited for.
+            let turn = Instant::now() + Duration::from_millis(10);
+            if both.iter().any(|stream| stream.wait_for(needle, turn)) {
+                return Ok(());
+            }
+            if ended || Instant::now() > until {
+                break;
+            }
         }
         bail!(
             "{} did not say {needle:?} but\n{}{}",

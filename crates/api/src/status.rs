@@ -14,6 +14,8 @@ pub struct RouterStatus {
     pub version: String,
     /// Milliseconds since it started.
     pub uptime_ms: u64,
+    /// How its threads that handle clients' input are confined.
+    pub sandbox: String,
     /// Endpoints, by name.
     pub endpoints: Vec<EndpointStatus>,
     /// The sessions that ended last, oldest first.

@@ -50,6 +50,9 @@ Example: two endpoints of an embedded router, which ends with the last of them:
         /// End with the last endpoint
         #[arg(long)]
         embedded: bool,
+        /// Leave the threads that handle clients' input unconfined, for debugging
+        #[arg(long)]
+        no_sandbox: bool,
     },
     /// Create, list and remove endpoints
     #[command(subcommand)]
@@ -158,7 +161,10 @@ fn main() -> ExitCode {
     );
     let done = match cli.command {
         Command::Run(args) => run::run(&dir, &args),
-        Command::Router { embedded } => router::router(dir, embedded),
+        Command::Router {
+            embedded,
+            no_sandbox,
+        } => router::router(dir, embedded, !no_sandbox),
         Command::Endpoint(command) => show::endpoint(&dir, &command),
         Command::Status(args) => show::status(&dir, args.output),
         Command::Doctor(args) => doctor::doctor(args.output),

@@ -9,10 +9,14 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 /// Serves until a signal, or, embedded, until the last endpoint is gone.
-pub(crate) fn router(dir: RuntimeDir, embedded: bool) -> Result<ExitCode> {
+pub(crate) fn router(dir: RuntimeDir, embedded: bool, sandbox: bool) -> Result<ExitCode> {
     raise_descriptor_limit();
     let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot handle signals")?;
-    let router = Router::start(Config::default())?;
+    let config = Config {
+        sandbox,
+        ..Config::default()
+    };
+    let router = Router::start(config)?;
     let admin = Admin::start(router, dir.clone())?;
     if !embedded {
         eprintln!("freeflow: router serves {}", dir.path().display());

@@ -27,6 +27,7 @@ fn print_status(dir: &RuntimeDir, status: &RouterStatus) {
         dir.path().display(),
         status.uptime_ms / 1000
     );
+    println!("sandbox: {}", status.sandbox);
     print_endpoints(&status.endpoints);
     let sessions: Vec<_> = status
         .endpoints

@@ -33,6 +33,10 @@ const LINGER: Duration = Duration::from_secs(1);
 /// An embedded router that never had an endpoint ends after this time.
 const FIRST_ENDPOINT: Duration = Duration::from_secs(20);
 
+/// Time between looks whether an embedded router may end, and whether the engine is stuck.
+const LOOK_EMBEDDED: Duration = Duration::from_millis(200);
+const LOOK: Duration = Duration::from_secs(1);
+
 /// Addresses are given out of 10.77.0.0/16.
 const POOL: [u8; 2] = [10, 77];
 
@@ -86,13 +90,24 @@ impl Admin {
     /// Waits until the router is to end: somebody says so, or it is embedded and its last
     /// endpoint is gone.
     pub fn wait(&self, embedded: bool) {
+        // An idle router is woken as rarely as its work allows.
+        let wait = if embedded { LOOK_EMBEDDED } else { LOOK };
+        let mut told = false;
         let mut stop = self.stop.lock().unwrap_or_else(PoisonError::into_inner);
         while !*stop {
-            let wait = Duration::from_millis(200);
             stop = match self.stopped.wait_timeout(stop, wait) {
                 Ok((stop, _)) => stop,
                 Err(e) => e.into_inner().0,
             };
+            match self.router.stuck() {
+                Some((lasted, qpn)) if !std::mem::replace(&mut told, true) => eprintln!(
+                    "freeflow: the engine has been busy with one round for {} ms, at queue pair \
+                     {qpn:#x}",
+                    lasted.as_millis()
+                ),
+                Some(_) => {}
+                None => told = false,
+            }
             if embedded && self.is_lonely() {
                 return;
             }

@@ -13,7 +13,6 @@ use freeflow_types::{Access, Key, Mtu, QpAttr, QpAttrMask, QpCap, QpState, QpTyp
 use rustix::io::Errno;
 
 use crate::engine::Engine;
-use crate::foreign::ForeignMemory;
 use crate::memory::Range;
 use crate::objects::{
     Backing, Channel, Context, Cq, Mr, Pd, Piece, QpObject, Session, Waiting, bytes_of_words,
@@ -287,9 +286,13 @@ impl Engine {
     }
 
     fn attach_memory(&mut self, session: Handle) -> Outcome {
-        let s = self.session_mut(session)?;
-        if s.memory.is_none() {
-            s.memory = Some(ForeignMemory::open(s.peer.pid, s.peer.uid)?);
+        let peer = {
+            let s = self.session_mut(session)?;
+            s.memory.is_none().then_some(s.peer)
+        };
+        if let Some(peer) = peer {
+            let memory = self.opener.open(peer.pid, peer.uid)?;
+            self.session_mut(session)?.memory = Some(memory);
         }
         done()
     }

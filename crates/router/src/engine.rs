@@ -16,10 +16,12 @@ use rustix::net::SendFlags;
 use crate::EndReason;
 use crate::data::Span;
 use crate::exec::{Request, Step};
+use crate::foreign::Opener;
 use crate::objects::{
     Channel, Context, Cq, Endpoint, Mr, Pd, QpObject, QueuedEvent, Session, Waiting,
 };
 use crate::table::Table;
+use crate::watch::Progress;
 
 /// Events kept for a program that does not read them; it gets no more after that.
 const MAX_QUEUED_EVENTS: usize = 65_536;
@@ -47,6 +49,7 @@ pub(crate) struct Engine {
     pub(crate) limits: DeviceLimits,
     /// Nanoseconds that a session is watched after its last work.
     pub(crate) spin: u64,
+    pub(crate) opener: Opener,
     pub(crate) tenants: FxHashMap<String, TenantId>,
     pub(crate) endpoints: Table<Endpoint>,
     pub(crate) by_gid: FxHashMap<(TenantId, Gid), Handle>,
@@ -76,10 +79,11 @@ pub(crate) struct Engine {
 }
 
 impl Engine {
-    pub(crate) fn new(limits: DeviceLimits, spin: u64) -> Self {
+    pub(crate) fn new(limits: DeviceLimits, spin: u64, opener: Opener) -> Self {
         Engine {
             limits,
             spin,
+            opener,
             tenants: FxHashMap::default(),
             endpoints: Table::default(),
             by_gid: FxHashMap::default(),
@@ -110,7 +114,7 @@ impl Engine {
 
     /// One round: collects marks of watched sessions, gives every ready queue pair a turn, fires
     /// timers.
-    pub(crate) fn poll(&mut self, now: u64) -> Polled {
+    pub(crate) fn poll(&mut self, now: u64, progress: &Progress) -> Polled {
         self.now = now;
         self.collect();
         self.fire_timers();
@@ -122,6 +126,9 @@ impl Engine {
             let Some(qp) = self.ready.pop_front() else {
                 break;
             };
+            if let Some(q) = self.qps.get(qp) {
+                progress.at(q.qpn.get());
+            }
             self.turn(qp);
         }
         if turns != 0 || !self.ready.is_empty() || !self.ending.is_empty() {

@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
+use std::sync::mpsc::{Sender, SyncSender};
+
 use rustix::io::Errno;
 
 /// A process's memory, bound to the address space it had when it was opened: neither `exec` nor
@@ -43,6 +45,46 @@ impl ForeignMemory {
     }
 }
 
+/// A question and where its answer goes.
+type Question = (u32, u32, SyncSender<Result<ForeignMemory, Errno>>);
+
+/// Who opens processes' memory.
+#[derive(Clone, Debug)]
+pub(crate) enum Opener {
+    /// Whoever asks.
+    Direct,
+    /// A thread that is not confined.
+    Thread(Sender<Question>),
+}
+
+impl Opener {
+    /// One whose thread ends when it, with all its copies, is gone.
+    pub(crate) fn thread() -> std::io::Result<Self> {
+        let (ask, questions) = std::sync::mpsc::channel::<Question>();
+        std::thread::Builder::new()
+            .name("ff-open".into())
+            .spawn(move || {
+                for (pid, uid, answer) in questions {
+                    // Who asked waits for it.
+                    let _ = answer.send(ForeignMemory::open(pid, uid));
+                }
+            })?;
+        Ok(Opener::Thread(ask))
+    }
+
+    /// As [`ForeignMemory::open`].
+    pub(crate) fn open(&self, pid: u32, uid: u32) -> Result<ForeignMemory, Errno> {
+        match self {
+            Opener::Direct => ForeignMemory::open(pid, uid),
+            Opener::Thread(ask) => {
+                let (answer, answered) = std::sync::mpsc::sync_channel(1);
+                ask.send((pid, uid, answer)).map_err(|_| Errno::IO)?;
+                answered.recv().map_err(|_| Errno::IO)?
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -60,7 +102,10 @@ mod tests {
         assert_eq!(std::hint::black_box(&bytes), b"wxyz");
         assert!(!memory.read(8, &mut out));
         assert!(!memory.write(8, b"x"));
-        let other = ForeignMemory::open(std::process::id(), uid + 1);
-        assert_eq!(other.unwrap_err(), Errno::PERM);
+        for opener in [Opener::Direct, Opener::thread().unwrap()] {
+            assert!(opener.open(std::process::id(), uid).is_ok());
+            let other = opener.open(std::process::id(), uid + 1);
+            assert_eq!(other.unwrap_err(), Errno::PERM);
+        }
     }
 }

@@ -19,8 +19,10 @@ mod mcast;
 mod memory;
 mod objects;
 mod receive;
+mod sandbox;
 mod serve;
 mod table;
+mod watch;
 
 pub use admin::Admin;
 
@@ -38,6 +40,7 @@ use freeflow_session::Handle;
 use freeflow_types::{DeviceLimits, VirtualIp};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
+use crate::foreign::Opener;
 use crate::serve::{Listeners, Server, Shared};
 
 /// Connections that may wait to be accepted.
@@ -53,6 +56,8 @@ pub struct Config {
     pub spin: Duration,
     /// Rounds without work before the router yields its processor between rounds.
     pub yield_after: u32,
+    /// Whether threads that handle clients' input give up what they do not need of the kernel.
+    pub sandbox: bool,
 }
 
 impl Default for Config {
@@ -63,6 +68,7 @@ impl Default for Config {
             limits: DeviceLimits::default(),
             spin: Duration::from_micros(200),
             yield_after: if cores > 4 { 2000 } else { 20 },
+            sandbox: true,
         }
     }
 }
@@ -201,7 +207,14 @@ impl Router {
             let what = what.to_owned();
             move |e: io::Error| RouterError::Io { what, source: e }
         };
-        let shared = Shared::new(&config).map_err(|e| io("cannot make doorbells")(e.into()))?;
+        let confined = config.sandbox;
+        let opener = if confined {
+            Opener::thread().map_err(io("cannot start a thread"))?
+        } else {
+            Opener::Direct
+        };
+        let shared =
+            Shared::new(&config, opener).map_err(|e| io("cannot make doorbells")(e.into()))?;
         let shared = Arc::new(shared);
         let (stopped, stop) =
             freeflow_shm::event_pair().map_err(|e| io("cannot make a socket")(e.into()))?;
@@ -211,11 +224,11 @@ impl Router {
         let threads = vec![
             std::thread::Builder::new()
                 .name("ff-engine".into())
-                .spawn(move || engine.run_engine())
+                .spawn(move || engine.run_engine(confined))
                 .map_err(io("cannot start a thread"))?,
             std::thread::Builder::new()
                 .name("ff-control".into())
-                .spawn(move || server.run())
+                .spawn(move || server.run(confined))
                 .map_err(io("cannot start a thread"))?,
         ];
         Ok(Router {
@@ -265,6 +278,13 @@ impl Router {
         Ok(())
     }
 
+    /// For how long the engine has been busy with one round, and with which queue pair, if that is
+    /// longer than it may be.
+    pub fn stuck(&self) -> Option<(Duration, u32)> {
+        let now = self.shared.start.elapsed().as_nanos() as u64;
+        self.shared.progress.stuck(now)
+    }
+
     /// Everything there is to know.
     pub fn status(&self) -> RouterStatus {
         let (endpoints, ended_sessions) = self
@@ -274,6 +294,7 @@ impl Router {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_ms: self.shared.start.elapsed().as_millis() as u64,
+            sandbox: self.shared.confinement(),
             endpoints,
             ended_sessions,
         }

@@ -17,7 +17,10 @@ use rustix::net::{RecvFlags, SendFlags, SocketFlags};
 
 use crate::control::Answer;
 use crate::engine::{Engine, Polled};
+use crate::foreign::Opener;
 use crate::objects::Peer;
+use crate::sandbox::{self, Confinement, Job};
+use crate::watch::Progress;
 use crate::{Config, EndReason};
 
 /// A connection must say hello within this time.
@@ -44,16 +47,25 @@ pub(crate) struct Shared {
     doorbells: OwnedFd,
     pub(crate) start: Instant,
     yield_after: u32,
+    /// Of each thread that is confined.
+    confinement: Mutex<Vec<Confinement>>,
+    pub(crate) progress: Progress,
 }
 
 impl Shared {
-    pub(crate) fn new(config: &Config) -> Result<Self, Errno> {
+    pub(crate) fn new(config: &Config, opener: Opener) -> Result<Self, Errno> {
         let kick = Doorbell::new()?;
         let doorbells = epoll::create(CreateFlags::CLOEXEC)?;
         let edge = EventFlags::IN | EventFlags::ET;
         epoll::add(&doorbells, &kick, EventData::new_u64(KICK), edge)?;
         Ok(Shared {
-            engine: Mutex::new(Engine::new(config.limits, config.spin.as_nanos() as u64)),
+            engine: Mutex::new(Engine::new(
+                config.limits,
+                config.spin.as_nanos() as u64,
+                opener,
+            )),
+            confinement: Mutex::default(),
+            progress: Progress::default(),
             waiting: AtomicUsize::new(0),
             asleep: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -97,8 +109,36 @@ impl Shared {
         self.kick.ring();
     }
 
+    /// Confines the thread that calls it for the rest of its life.
+    fn confine(&self, job: Job) {
+        let confinement = sandbox::confine(job);
+        self.confinement
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(confinement);
+    }
+
+    /// How the router's threads are confined, in words.
+    pub(crate) fn confinement(&self) -> String {
+        let all = self
+            .confinement
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let each = |has: fn(&Confinement) -> bool| !all.is_empty() && all.iter().all(has);
+        match (each(|c| c.seccomp), each(|c| c.landlock)) {
+            (true, true) => "seccomp and landlock",
+            (true, false) => "seccomp; this kernel has no landlock",
+            (false, true) => "landlock; this kernel has no seccomp",
+            (false, false) => "none",
+        }
+        .to_owned()
+    }
+
     /// The polling thread.
-    pub(crate) fn run_engine(&self) {
+    pub(crate) fn run_engine(&self, confined: bool) {
+        if confined {
+            self.confine(Job::Engine);
+        }
         let mut idle_rounds = 0u32;
         let mut rounds = 0u32;
         // Acquire: pairs with `request_stop`.
@@ -111,8 +151,11 @@ impl Shared {
                 self.look(Some(Duration::ZERO));
             }
             let mut engine = self.lock();
-            let polled = engine.poll(self.now());
+            let now = self.now();
+            self.progress.begin(now);
+            let polled = engine.poll(now, &self.progress);
             engine.reap();
+            self.progress.end();
             match polled {
                 Polled::Busy => idle_rounds = 0,
                 Polled::Idle => {
@@ -268,7 +311,10 @@ impl Server {
         ))
     }
 
-    pub(crate) fn run(mut self) {
+    pub(crate) fn run(mut self, confined: bool) {
+        if confined {
+            self.shared.confine(Job::Control);
+        }
         let _keep = &self.stop.as_raw_fd();
         loop {
             let mut events = [const { std::mem::MaybeUninit::uninit() }; 64];

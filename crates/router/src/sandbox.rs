@@ -1,0 +1,183 @@
+//! What the threads that handle hostile input may ask of the kernel.
+//!
+//! Each of them gives up its capabilities and all access to files (Landlock), and is left with the
+//! system calls that it needs (seccomp); any other fails with EPERM. What needs more, opening
+//! another process's memory, is done by a thread of its own that sees nothing of a client's but
+//! the ids that the kernel gave.
+
+use std::collections::BTreeMap;
+
+use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetStatus, Scope};
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+/// What a thread does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Job {
+    /// Executes work requests.
+    Engine,
+    /// Serves endpoints' sockets.
+    Control,
+}
+
+/// How well a thread is confined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Confinement {
+    pub(crate) seccomp: bool,
+    pub(crate) landlock: bool,
+}
+
+/// Of every thread: memory, time, waiting, ending, and the descriptors it has.
+const COMMON: &[libc::c_long] = &[
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_close,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_epoll_wait,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_fallocate,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_nanosleep,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_read,
+    libc::SYS_restart_syscall,
+    libc::SYS_rseq,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_yield,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_set_robust_list,
+    libc::SYS_shutdown,
+    libc::SYS_sigaltstack,
+    libc::SYS_tgkill,
+    libc::SYS_write,
+    libc::SYS_writev,
+];
+
+/// Of the control thread: connections, and the memory and descriptors of new objects.
+const CONTROL: &[libc::c_long] = &[
+    libc::SYS_accept4,
+    libc::SYS_dup,
+    libc::SYS_eventfd2,
+    libc::SYS_fcntl,
+    libc::SYS_fstat,
+    libc::SYS_ftruncate,
+    libc::SYS_getsockopt,
+    libc::SYS_ioctl,
+    libc::SYS_memfd_create,
+    libc::SYS_newfstatat,
+    libc::SYS_pidfd_open,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_setsockopt,
+    libc::SYS_socketpair,
+    libc::SYS_statx,
+];
+
+/// Allowed unless the memory would be executable.
+const MAPPING: &[libc::c_long] = &[libc::SYS_mmap, libc::SYS_mprotect];
+
+/// Confines the thread that calls it, as far as the kernel knows how.
+pub(crate) fn confine(job: Job) -> Confinement {
+    let none = CapabilitySets {
+        effective: CapabilitySet::empty(),
+        permitted: CapabilitySet::empty(),
+        inheritable: CapabilitySet::empty(),
+    };
+    // Known from here on without a look at a file.
+    let _ = rustix::param::page_size();
+    // Giving capabilities up is always allowed.
+    let _ = set_capabilities(None, none);
+    Confinement {
+        landlock: no_files().unwrap_or(false),
+        seccomp: few_calls(job).is_ok(),
+    }
+}
+
+/// No access to files, to TCP, to abstract sockets, and no signals to others.
+fn no_files() -> Result<bool, landlock::RulesetError> {
+    const NEWEST: ABI = ABI::V6;
+    let made = Ruleset::default()
+        .handle_access(AccessFs::from_all(NEWEST))?
+        .handle_access(AccessNet::from_all(NEWEST))?
+        .scope(Scope::from_all(NEWEST))?
+        .create()?
+        .restrict_self()?;
+    Ok(made.ruleset != RulesetStatus::NotEnforced)
+}
+
+fn few_calls(job: Job) -> Result<(), seccompiler::Error> {
+    seccompiler::apply_filter(&filter(job)?)
+}
+
+fn filter(job: Job) -> Result<BpfProgram, seccompiler::BackendError> {
+    const PROT: u8 = 2;
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    let more = match job {
+        Job::Engine => &[],
+        Job::Control => CONTROL,
+    };
+    for &call in COMMON.iter().chain(more) {
+        rules.insert(call, Vec::new());
+    }
+    for &call in MAPPING {
+        let executable = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);
+        let not = SeccompCondition::new(PROT, SeccompCmpArgLen::Dword, executable, 0)?;
+        rules.insert(call, vec![SeccompRule::new(vec![not])?]);
+    }
+    let refuse = SeccompAction::Errno(libc::EPERM as u32);
+    let arch = TargetArch::try_from(std::env::consts::ARCH)?;
+    SeccompFilter::new(rules, refuse, SeccompAction::Allow, arch)?.try_into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_confined_thread_can_do_little() {
+        let had = std::fs::read_to_string("/proc/self/status").is_ok();
+        let confined = std::thread::spawn(|| {
+            let confinement = confine(Job::Engine);
+            assert!(confinement.seccomp, "this kernel has no seccomp");
+            assert!(std::fs::read_to_string("/proc/self/status").is_err());
+            assert!(std::process::Command::new("/bin/true").spawn().is_err());
+            assert!(std::net::TcpListener::bind("127.0.0.1:0").is_err());
+            assert_eq!(vec![1u8; 64 << 20].len(), 64 << 20);
+            assert!(std::time::Instant::now().elapsed().as_secs() < 10);
+        });
+        confined.join().unwrap();
+        // Other threads are as free as before.
+        assert_eq!(std::fs::read_to_string("/proc/self/status").is_ok(), had);
+    }
+
+    #[test]
+    fn a_control_thread_makes_shared_memory_but_opens_no_files() {
+        let confined = std::thread::spawn(|| {
+            confine(Job::Control);
+            let fd = freeflow_shm::sealed_memfd("t", 4096).unwrap();
+            freeflow_shm::Mapping::new(&fd, 4096).unwrap();
+            freeflow_shm::event_pair().unwrap();
+            freeflow_shm::Doorbell::new().unwrap();
+            assert!(std::fs::File::open("/proc/self/maps").is_err());
+        });
+        confined.join().unwrap();
+    }
+}
