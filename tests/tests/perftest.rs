@@ -1,6 +1,6 @@
 //! Debian's perftest, unmodified, between two endpoints of one router.
 
-use freeflow_tests::{Bed, have};
+use freeflow_tests::{Bed, have, skip};
 
 struct Run {
     bed: Bed,
@@ -168,4 +168,39 @@ fn several_programs_of_several_endpoints_at_once() {
             scope.spawn(move || run.ways(program, &["-s 4096 -n 2000", "-q 4 -s 65536 -n 500"]));
         }
     });
+}
+
+#[test]
+fn hundreds_of_queue_pairs() {
+    let run = Run::new();
+    run.ways(
+        "ib_write_bw",
+        &["-q 300 -n 20 -s 4096", "-q 300 -n 20 -s 65536 -b"],
+    );
+    run.ways("ib_send_bw", &["-q 200 -n 20 -s 1024 -r 32 -t 16"]);
+}
+
+#[test]
+fn buffers_in_huge_pages() {
+    const PAGES: &str = "/proc/sys/vm/nr_hugepages";
+    let reserved = || -> u64 {
+        let text = std::fs::read_to_string(PAGES).unwrap_or_default();
+        text.trim().parse().unwrap_or(0)
+    };
+    if reserved() < 16 {
+        let _ = std::fs::write(PAGES, "16");
+    }
+    if reserved() < 16 {
+        skip(
+            "buffers_in_huge_pages",
+            "no huge pages can be reserved here",
+        );
+        return;
+    }
+    let run = Run::new();
+    run.ways(
+        "ib_write_bw",
+        &["--use_hugepages -n 500", "--use_hugepages -n 500 -b"],
+    );
+    run.ways("ib_send_lat", &["--use_hugepages -n 500 -s 64"]);
 }

@@ -1,6 +1,6 @@
 //! Debian's verbs programs, unmodified, between two endpoints of one router.
 
-use freeflow_tests::{Bed, have};
+use freeflow_tests::{Bed, DEADLINE, Running, have};
 
 fn bed() -> Bed {
     Bed::new().expect("a router starts")
@@ -90,5 +90,19 @@ fn datagram_pingpong() {
             pingpong(&bed, program, "500", &["-s", size]);
             pingpong(&bed, program, "500", &["-s", size, "-e"]);
         }
+    }
+}
+
+#[test]
+fn ibv_asyncwatch_sees_the_router_die() {
+    if have("ibv_asyncwatch") {
+        let mut bed = bed();
+        let endpoint = bed.endpoint();
+        let watch = Running::start(&mut endpoint.command("ibv_asyncwatch", &[])).unwrap();
+        watch.wait_for("async event FD", DEADLINE).unwrap();
+        drop(endpoint);
+        bed.router().signal(rustix::process::Signal::KILL);
+        watch.wait_for("IBV_EVENT_DEVICE_FATAL", DEADLINE).unwrap();
+        watch.wait(DEADLINE).unwrap();
     }
 }
