@@ -7,6 +7,7 @@ mod dist;
 mod measure;
 mod packages;
 mod test;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -23,20 +24,23 @@ enum Task {
     Dist,
     /// Measure speed and cost beside their peers, as a table and as JSON
     Bench(bench::BenchArgs),
+    /// Run a script in a virtual machine with a kernel RDMA device
+    Vm(vm::VmArgs),
 }
 
 fn main() -> ExitCode {
+    let success = |()| ExitCode::SUCCESS;
     let done = match Task::parse() {
-        Task::Demo => demo::demo(),
-        Task::Test(args) => test::test(&args),
-        Task::Dist => dist::dist().map(|dir| println!("{}", dir.display())),
-        Task::Bench(args) => bench::bench(&args),
+        Task::Demo => demo::demo().map(success),
+        Task::Test(args) => test::test(&args).map(success),
+        Task::Dist => dist::dist()
+            .map(|dir| println!("{}", dir.display()))
+            .map(success),
+        Task::Bench(args) => bench::bench(&args).map(success),
+        Task::Vm(args) => vm::vm(&args),
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("xtask: {e:#}");
-            ExitCode::FAILURE
-        }
-    }
+    done.unwrap_or_else(|e| {
+        eprintln!("xtask: {e:#}");
+        ExitCode::FAILURE
+    })
 }

@@ -105,7 +105,13 @@ pub(crate) fn test(args: &TestArgs) -> Result<()> {
 
 fn install() -> Result<()> {
     packages::install(&packages::PROGRAMS)?;
-    packages::install(&packages::DEVELOPMENT)
+    packages::install(&packages::DEVELOPMENT)?;
+    packages::install(&freeflow_vm::PACKAGES)?;
+    // What needs it is skipped, and says so.
+    if let Err(e) = freeflow_vm::Machine::prepare() {
+        eprintln!("xtask: {e}");
+    }
+    Ok(())
 }
 
 /// Licences, sources and duplicates of dependencies.
