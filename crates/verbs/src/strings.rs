@@ -18,7 +18,7 @@ pub(crate) unsafe extern "C" fn wc_status_str(status: c_uint) -> *const c_char {
         c"local EE context operation error",
         c"local protection error",
         c"Work Request Flushed Error",
-        c"memory bind operation error",
+        c"memory management operation error",
         c"bad response error",
         c"local access error",
         c"remote invalid request error",
@@ -42,7 +42,7 @@ pub(crate) unsafe extern "C" fn wc_status_str(status: c_uint) -> *const c_char {
 
 /// `ibv_event_type_str(3)`.
 pub(crate) unsafe extern "C" fn event_type_str(event: c_uint) -> *const c_char {
-    const NAMES: [&CStr; 20] = [
+    const NAMES: [&CStr; 21] = [
         c"CQ error",
         c"local work queue catastrophic error",
         c"invalid request local work queue error",
@@ -63,6 +63,7 @@ pub(crate) unsafe extern "C" fn event_type_str(event: c_uint) -> *const c_char {
         c"client reregistration",
         c"GID table change",
         c"WQ fatal",
+        c"Device link speed change",
     ];
     name(&NAMES, event, c"unknown")
 }
@@ -90,9 +91,32 @@ pub(crate) unsafe extern "C" fn port_state_str(state: c_uint) -> *const c_char {
         c"init",
         c"armed",
         c"active",
-        c"active deferred",
+        c"active defer",
     ];
-    name(&NAMES, state, c"invalid state")
+    name(&NAMES, state, c"unknown")
+}
+
+/// `ibv_wr_opcode_str`, of rdma-core 50 on; two numbers are nobody's.
+pub(crate) fn wr_opcode_str(opcode: c_uint) -> *const c_char {
+    const NAMES: [&CStr; 16] = [
+        c"rdma-write",
+        c"rdma-write-with-imm",
+        c"send",
+        c"send-with-imm",
+        c"rdma-read",
+        c"atomic-cmp-and-swp",
+        c"atomic-fetch-and-add",
+        c"local-inv",
+        c"bind-mw",
+        c"send-with-inv",
+        c"tso",
+        c"driver1",
+        c"unknown",
+        c"unknown",
+        c"flush",
+        c"atomic-write",
+    ];
+    name(&NAMES, opcode, c"unknown")
 }
 
 /// `enum ibv_rate`, multiples of 2.5 Gb/s, Mb/s.
