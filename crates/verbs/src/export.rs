@@ -1,8 +1,8 @@
 //! Exported, versioned symbols.
 
 /// Exports functions under a name and a version node: `"name" "@@NODE" function`. The trampoline
-/// and its `.symver` stand in one assembly block, whatever object it lands in. `@@` marks the
-/// default version, `@` an older one.
+/// and its `.symver` stand in one assembly block, whatever object it lands in; the label itself is
+/// removed, or it would be exported too. `@@` marks the default version, `@` an older one.
 macro_rules! export {
     ($($name:literal $version:literal $function:path;)*) => {
         $(core::arch::global_asm!(
@@ -11,7 +11,8 @@ macro_rules! export {
             concat!(".type \"ffv.", $name, $version, "\",@function"),
             concat!("\"ffv.", $name, $version, "\":"),
             "jmp {f}",
-            concat!(".symver \"ffv.", $name, $version, "\", ", $name, $version),
+            concat!(".size \"ffv.", $name, $version, "\", . - \"ffv.", $name, $version, "\""),
+            concat!(".symver \"ffv.", $name, $version, "\", ", $name, $version, ", remove"),
             ".popsection",
             f = sym $function,
         );)*
