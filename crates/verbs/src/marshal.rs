@@ -83,6 +83,8 @@ pub(crate) unsafe extern "C" fn copy_ah_attr_from_kern(
     unsafe { *to = ah(&*from) };
 }
 
+/// All but the state, which the connection manager keeps itself, and what the kernel's structure
+/// has not.
 pub(crate) unsafe extern "C" fn copy_qp_attr_from_kern(
     to: *mut ibv_qp_attr,
     from: *const KernelQpAttr,
@@ -91,7 +93,6 @@ pub(crate) unsafe extern "C" fn copy_qp_attr_from_kern(
     unsafe {
         let k = &*from;
         *to = ibv_qp_attr {
-            qp_state: k.qp_state,
             cur_qp_state: k.cur_qp_state,
             path_mtu: k.path_mtu,
             path_mig_state: k.path_mig_state,
@@ -116,7 +117,7 @@ pub(crate) unsafe extern "C" fn copy_qp_attr_from_kern(
             rnr_retry: k.rnr_retry,
             alt_port_num: k.alt_port_num,
             alt_timeout: k.alt_timeout,
-            rate_limit: 0,
+            ..*to
         };
     }
 }

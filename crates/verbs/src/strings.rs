@@ -119,7 +119,7 @@ pub(crate) fn wr_opcode_str(opcode: c_uint) -> *const c_char {
     name(&NAMES, opcode, c"unknown")
 }
 
-/// `enum ibv_rate`, multiples of 2.5 Gb/s, Mb/s.
+/// `enum ibv_rate`, multiples of 2.5 Gb/s (-1 if it is none), Mb/s.
 const RATES: [(c_int, c_int, c_int); 23] = [
     (2, 1, 2500),
     (5, 2, 5000),
@@ -130,14 +130,14 @@ const RATES: [(c_int, c_int, c_int); 23] = [
     (8, 24, 60000),
     (9, 32, 80000),
     (10, 48, 120000),
-    (11, 6, 14062),
-    (12, 22, 56250),
-    (13, 45, 112500),
-    (14, 67, 168750),
-    (15, 10, 25781),
-    (16, 40, 103125),
-    (17, 80, 206250),
-    (18, 120, 309375),
+    (11, -1, 14062),
+    (12, -1, 56250),
+    (13, -1, 112500),
+    (14, -1, 168750),
+    (15, -1, 25781),
+    (16, -1, 103125),
+    (17, -1, 206250),
+    (18, -1, 309375),
     (19, 11, 28125),
     (20, 20, 53125),
     (21, 160, 425000),
@@ -153,7 +153,10 @@ pub(crate) unsafe extern "C" fn rate_to_mult(rate: c_int) -> c_int {
 
 /// `mult_to_ibv_rate(3)`: `IBV_RATE_MAX` (0) if unknown.
 pub(crate) unsafe extern "C" fn mult_to_rate(mult: c_int) -> c_int {
-    RATES.iter().find(|r| r.1 == mult).map_or(0, |r| r.0)
+    RATES
+        .iter()
+        .find(|r| r.1 > 0 && r.1 == mult)
+        .map_or(0, |r| r.0)
 }
 
 /// `ibv_rate_to_mbps(3)`: -1 if unknown.
@@ -170,7 +173,8 @@ pub(crate) unsafe extern "C" fn get_sysfs_path() -> *const c_char {
     c"/sys".as_ptr()
 }
 
-/// Reads a small text file below a directory, without its last newline: its length, or -1.
+/// Reads a small text file below a directory, without its last newline: its length, or -1 if there
+/// is no such file or the text and its end do not fit.
 pub(crate) unsafe extern "C" fn read_sysfs_file(
     dir: *const c_char,
     file: *const c_char,
@@ -187,13 +191,14 @@ pub(crate) unsafe extern "C" fn read_sysfs_file(
     if text.last() == Some(&b'\n') {
         text.pop();
     }
-    let n = text.len().min(size.saturating_sub(1));
-    if size != 0 {
-        // SAFETY: the caller gives room for `size` bytes, and n < size.
-        unsafe {
-            libc::memcpy(buffer.cast::<c_void>(), text.as_ptr().cast(), n);
-            *buffer.add(n) = 0;
-        }
+    if text.len() >= size {
+        set_errno(libc::EOVERFLOW);
+        return -1;
     }
-    n as c_int
+    // SAFETY: the caller gives room for `size` bytes, more than the text has.
+    unsafe {
+        libc::memcpy(buffer.cast::<c_void>(), text.as_ptr().cast(), text.len());
+        *buffer.add(text.len()) = 0;
+    }
+    text.len() as c_int
 }
