@@ -430,7 +430,7 @@ pub(crate) unsafe extern "C" fn ece(_qp: *mut ibv_qp, _ece: *mut ibv_ece) -> c_i
     libc::EOPNOTSUPP
 }
 
-/// `ibv_rereg_mr(3)`: `IBV_REREG_MR_ERR_CMD`, nothing is changed.
+/// `ibv_rereg_mr(3)`: not offered; the region is as it was.
 pub(crate) unsafe extern "C" fn rereg_mr(
     _mr: *mut ibv_mr,
     _flags: c_int,
@@ -439,7 +439,8 @@ pub(crate) unsafe extern "C" fn rereg_mr(
     _length: usize,
     _access: c_int,
 ) -> c_int {
-    const ERR_CMD_UNCHANGED: c_int = -4;
+    /// `IBV_REREG_MR_ERR_INPUT`: the old region is valid.
+    const ERR_INPUT: c_int = -1;
     set_errno(libc::EOPNOTSUPP);
-    ERR_CMD_UNCHANGED
+    ERR_INPUT
 }

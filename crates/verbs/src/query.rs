@@ -90,18 +90,21 @@ fn port_attr(info: &DeviceInfo) -> ibv_port_attr {
     }
 }
 
-/// Copies the first `len` bytes of a structure to the caller's, which may be shorter.
+/// Copies a structure to the caller's of `len` bytes, which may be shorter, or longer: then what we
+/// do not know is zero.
 ///
 /// # Safety
 ///
 /// `to` has room for `len` bytes.
 unsafe fn put<T>(to: *mut T, from: &T, len: usize) {
-    let len = len.min(size_of::<T>());
-    // SAFETY: both hold `len` bytes, by the caller's promise and by their type.
+    let known = len.min(size_of::<T>());
+    // SAFETY: both hold `known` bytes, by the caller's promise and by their type; the caller's has
+    // `len`.
     unsafe {
-        to.cast::<u8>()
-            .copy_from(std::ptr::from_ref(from).cast(), len)
-    };
+        let to = to.cast::<u8>();
+        to.copy_from(std::ptr::from_ref(from).cast(), known);
+        to.add(known).write_bytes(0, len - known);
+    }
 }
 
 /// `ibv_query_device(3)`: 0 or errno.
@@ -247,7 +250,7 @@ fn entry(gid: Gid, port: u32, index: u32) -> ibv_gid_entry {
     }
 }
 
-/// `ibv_query_gid_ex(3)`: 0 or errno.
+/// `ibv_query_gid_ex(3)`: 0 or errno. The table has no empty entries.
 pub(crate) unsafe extern "C" fn query_gid_ex(
     ctx: *mut ibv_context,
     port: u32,
@@ -261,8 +264,7 @@ pub(crate) unsafe extern "C" fn query_gid_ex(
     }
     // SAFETY: the caller gives an open context.
     let Some(gid) = (unsafe { gid_at(ctx, port, index) }) else {
-        // The table ends before it: there is no data.
-        return libc::ENODATA;
+        return libc::EINVAL;
     };
     // SAFETY: the caller gives room for `len` bytes.
     unsafe { put(to, &entry(gid, port, index), len) };
