@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, Weak};
 
 use freeflow_session::{Event, Handle, Request};
-use freeflow_shm::recv_packet;
+use freeflow_shm::recv_packet_interruptible;
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
@@ -43,12 +43,13 @@ impl CompChannel {
     }
 
     /// The next event: the number that its completion queue was given when it was created. Waits
-    /// unless the descriptor is non-blocking (then EAGAIN). If the router is gone, every queue of
-    /// the channel has one event, so that its flushed requests are found; then EIO.
+    /// unless the descriptor is non-blocking (then EAGAIN). EINTR: a signal handler ran. If the
+    /// router is gone, every queue of the channel has one event, so that its flushed requests are
+    /// found; then EIO.
     pub fn get_event(&self) -> Result<usize, Errno> {
         loop {
             let mut bytes = [0; Event::BYTES];
-            let cq = match recv_packet(&self.events, &mut bytes, RecvFlags::empty()) {
+            let cq = match recv_packet_interruptible(&self.events, &mut bytes, RecvFlags::empty()) {
                 Ok(packet) if packet.len != 0 => match Event::decode(&bytes[..packet.len]) {
                     Some(Event::Completion(cq)) => unpoisoned(&self.session.cqs)
                         .get(&cq.0)

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use freeflow_session::{DeviceInfo, Event, Handle, Request};
-use freeflow_shm::recv_packet;
+use freeflow_shm::recv_packet_interruptible;
 use freeflow_types::AsyncEventType;
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
@@ -75,11 +75,11 @@ impl Context {
     }
 
     /// The next asynchronous event; waits for it unless the descriptor is non-blocking (then
-    /// EAGAIN). EIO: the device is gone, and that was reported.
+    /// EAGAIN). EINTR: a signal handler ran. EIO: the device is gone, and that was reported.
     pub fn get_async_event(&self) -> Result<AsyncEvent, Errno> {
         loop {
             let mut bytes = [0; Event::BYTES];
-            let packet = recv_packet(&self.events, &mut bytes, RecvFlags::empty());
+            let packet = recv_packet_interruptible(&self.events, &mut bytes, RecvFlags::empty());
             let event = match packet {
                 Ok(packet) if packet.len != 0 => Event::decode(&bytes[..packet.len]),
                 Err(errno) if errno != Errno::CONNRESET => return Err(errno),

@@ -34,4 +34,4 @@ pub use doorbell::{Doorbell, event_pair};
 #[cfg(not(loom))]
 pub use mapping::{Mapping, OutOfBounds, Region, sealed_memfd};
 #[cfg(not(loom))]
-pub use packet::{Packet, recv_packet, send_packet};
+pub use packet::{Packet, recv_packet, recv_packet_interruptible, send_packet};

@@ -4,7 +4,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -50,15 +50,19 @@ pub fn recv_packet(
     buffer: &mut [u8],
     flags: RecvFlags,
 ) -> Result<Packet, Errno> {
+    retry_on_intr(|| recv_packet_interruptible(&socket, buffer, flags))
+}
+
+/// As [`recv_packet`], but a signal handler ends it with EINTR, as it ends a `read(2)`.
+pub fn recv_packet_interruptible(
+    socket: impl AsFd,
+    buffer: &mut [u8],
+    flags: RecvFlags,
+) -> Result<Packet, Errno> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = flags | RecvFlags::CMSG_CLOEXEC;
-    let got = loop {
-        match recvmsg(&socket, &mut [IoSliceMut::new(buffer)], &mut control, flags) {
-            Err(Errno::INTR) => {}
-            other => break other?,
-        }
-    };
+    let got = recvmsg(&socket, &mut [IoSliceMut::new(buffer)], &mut control, flags)?;
     let mut fds = Vec::new();
     for message in control.drain() {
         if let RecvAncillaryMessage::ScmRights(received) = message {

@@ -439,8 +439,6 @@ pub(crate) unsafe extern "C" fn rereg_mr(
     _length: usize,
     _access: c_int,
 ) -> c_int {
-    /// `IBV_REREG_MR_ERR_INPUT`: the old region is valid.
-    const ERR_INPUT: c_int = -1;
     set_errno(libc::EOPNOTSUPP);
-    ERR_INPUT
+    IBV_REREG_MR_ERR_INPUT
 }
