@@ -27,6 +27,16 @@ unsafe extern "C" fn no_port() -> u16 {
 
 unsafe extern "C" fn nothing() {}
 
+/// `rdma_get_devices(3)`: programs look at the number alone.
+unsafe extern "C" fn get_devices(num: *mut c_int) -> *mut c_void {
+    if !num.is_null() {
+        // SAFETY: the caller gives a place for the number, or null.
+        unsafe { *num = 0 };
+    }
+    // SAFETY: it touches errno alone.
+    unsafe { null() }
+}
+
 /// `rdma_event_str(3)`.
 unsafe extern "C" fn event_str(event: c_uint) -> *const c_char {
     const NAMES: [&CStr; 16] = [
@@ -80,7 +90,7 @@ export! {
     "rdma_free_devices" "@@RDMACM_1.0" nothing;
     "rdma_freeaddrinfo" "@@RDMACM_1.0" nothing;
     "rdma_get_cm_event" "@@RDMACM_1.0" minus_one;
-    "rdma_get_devices" "@@RDMACM_1.0" null;
+    "rdma_get_devices" "@@RDMACM_1.0" get_devices;
     "rdma_get_dst_port" "@@RDMACM_1.0" no_port;
     "rdma_get_request" "@@RDMACM_1.0" minus_one;
     "rdma_get_src_port" "@@RDMACM_1.0" no_port;
