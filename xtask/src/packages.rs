@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use freeflow_tests::is_root;
 
 /// Programs that are run over FreeFlow, and their peers.
-pub(crate) const PROGRAMS: [&str; 9] = [
+pub(crate) const PROGRAMS: [&str; 10] = [
     "perftest",
     "ibverbs-utils",
     "rdmacm-utils",
@@ -15,6 +15,7 @@ pub(crate) const PROGRAMS: [&str; 9] = [
     "iperf3",
     "iproute2",
     "ucx-utils",
+    "libfabric-bin",
     "python3-minimal",
 ];
 
