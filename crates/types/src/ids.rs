@@ -1,7 +1,7 @@
 //! Identifiers: queue pair numbers, packet sequence numbers, GIDs, keys, tenants.
 
 use core::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
@@ -112,13 +112,15 @@ pub struct VirtualIp(pub IpAddr);
 
 impl VirtualIp {
     /// Whether an endpoint may own this address: neither unspecified, loopback, multicast nor
-    /// broadcast.
+    /// broadcast, nor of IPv4's networks 0.0.0.0/8 and 240.0.0.0/4, which no host may use
+    /// (RFC 1122, section 3.2.1.3; RFC 1112, section 4).
     pub fn is_assignable(self) -> bool {
-        let ip = self.0;
-        !(ip.is_unspecified()
-            || ip.is_loopback()
-            || ip.is_multicast()
-            || ip == IpAddr::V4(Ipv4Addr::BROADCAST))
+        let ip = self.0.to_canonical();
+        let reserved = match ip {
+            IpAddr::V4(v4) => matches!(v4.octets()[0], 0 | 240..),
+            IpAddr::V6(v6) => v6.is_unspecified(),
+        };
+        !(reserved || ip.is_loopback() || ip.is_multicast())
     }
 }
 
@@ -159,6 +161,9 @@ mod tests {
             "127.0.0.1",
             "224.1.1.1",
             "255.255.255.255",
+            "0.0.0.7",
+            "240.0.0.1",
+            "::ffff:127.0.0.1",
             "::",
             "::1",
             "ff02::1",
