@@ -38,6 +38,12 @@ pub enum Operation {
         /// Its name.
         name: String,
     },
+    /// Gives an endpoint's program an interface on its tenant's network. The message comes with
+    /// a descriptor of the program's network namespace.
+    AttachNetwork {
+        /// The endpoint's name.
+        name: String,
+    },
 }
 
 /// An endpoint to be; the router chooses what is left out.
@@ -70,6 +76,8 @@ pub enum ControlAnswer {
     },
     /// It is done.
     Done,
+    /// The router is about to end and does nothing more; another can be started.
+    Ending,
     /// It failed: what, with which value, and what to do.
     Error(String),
 }

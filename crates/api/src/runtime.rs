@@ -36,9 +36,22 @@ impl RuntimeDir {
         self.0.join("router.sock")
     }
 
+    /// By how many bytes a path is too long for a socket; `None` if it is not (`unix(7)`: 107
+    /// bytes and a terminating null).
+    pub fn excess(path: &Path) -> Option<usize> {
+        const LONGEST: usize = 107;
+        let bytes = path.as_os_str().len();
+        (bytes > LONGEST).then(|| bytes - LONGEST)
+    }
+
     /// Locked by the router that serves the directory.
     pub fn lock(&self) -> PathBuf {
         self.0.join("router.lock")
+    }
+
+    /// Locked by a command that starts an embedded router.
+    pub fn start_lock(&self) -> PathBuf {
+        self.0.join("start.lock")
     }
 
     /// Where an embedded router writes what it has to say.
@@ -56,9 +69,14 @@ impl RuntimeDir {
         self.endpoints().join(format!("{name}.sock"))
     }
 
+    /// Directory of the endpoints' trees that look like `/sys/class`.
+    pub fn sysfs_root(&self) -> PathBuf {
+        self.0.join("sysfs")
+    }
+
     /// An endpoint's tree that looks like `/sys/class`.
     pub fn sysfs(&self, name: &str) -> PathBuf {
-        self.0.join("sysfs").join(name)
+        self.sysfs_root().join(name)
     }
 }
 

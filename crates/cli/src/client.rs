@@ -1,7 +1,8 @@
 //! The connection to a router's control socket.
 
-use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::fmt;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -10,7 +11,8 @@ use freeflow_api::{
     RuntimeDir,
 };
 use freeflow_shm::{recv_packet, send_packet};
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect,
     socket_with,
@@ -19,6 +21,22 @@ use rustix::net::{
 /// A router that does not answer for so long has a problem.
 const ANSWER_TIME: Duration = Duration::from_secs(30);
 
+/// No router serves the runtime directory.
+#[derive(Debug)]
+pub(crate) struct NoRouter(PathBuf);
+
+impl fmt::Display for NoRouter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "no router runs in {} (start one with: freeflow router, or freeflow run)",
+            self.0.display()
+        )
+    }
+}
+
+impl std::error::Error for NoRouter {}
+
 /// A connection to a router.
 pub(crate) struct Client(OwnedFd);
 
@@ -26,39 +44,66 @@ impl Client {
     /// Connects to the router of a runtime directory; `None` if there is none.
     pub(crate) fn try_connect(dir: &RuntimeDir) -> Result<Option<Self>> {
         let path = dir.control_socket();
-        match dial(&path) {
-            Ok(socket) => Ok(Some(Client(socket))),
-            Err(rustix::io::Errno::NOENT | rustix::io::Errno::CONNREFUSED) => Ok(None),
-            Err(e) => Err(e).with_context(|| format!("cannot reach {}", path.display())),
+        if let Some(bytes) = RuntimeDir::excess(&path) {
+            bail!(
+                "runtime directory {} is {bytes} bytes too long for its sockets; choose a shorter \
+                 one with --runtime-dir",
+                dir.path().display()
+            );
         }
+        let socket = match dial(&path) {
+            Ok(socket) => socket,
+            Err(Errno::NOENT | Errno::CONNREFUSED) => return Ok(None),
+            Err(Errno::ACCESS) => bail!(
+                "cannot reach {}: it is another user's; run as that user, or choose another \
+                 directory with --runtime-dir",
+                path.display()
+            ),
+            Err(e) => return Err(e).with_context(|| format!("cannot reach {}", path.display())),
+        };
+        // Whoever made the socket could have programs use memory and devices of theirs.
+        let own = rustix::process::geteuid();
+        let served_by = socket_peercred(&socket)
+            .context("cannot identify the router")?
+            .uid;
+        if served_by != own && !served_by.is_root() && !own.is_root() {
+            bail!(
+                "the router in {} is run by user {}; choose another directory with --runtime-dir",
+                dir.path().display(),
+                served_by.as_raw()
+            );
+        }
+        Ok(Some(Client(socket)))
     }
 
     /// Connects to the router of a runtime directory, which must be there.
     pub(crate) fn connect(dir: &RuntimeDir) -> Result<Self> {
         match Self::try_connect(dir)? {
             Some(client) => Ok(client),
-            None => bail!(
-                "no router runs in {} (start one with: freeflow router, or freeflow run)",
-                dir.path().display()
-            ),
+            None => Err(NoRouter(dir.path().to_owned()).into()),
         }
     }
 
-    /// Asks for something.
-    pub(crate) fn call(&self, body: Operation) -> Result<ControlAnswer> {
+    /// Asks for something. A router that ends meanwhile answers [`ControlAnswer::Ending`].
+    pub(crate) fn call(&self, body: Operation, fds: &[BorrowedFd<'_>]) -> Result<ControlAnswer> {
         let request = ControlRequest {
             version: CONTROL_VERSION,
             body,
         };
         let bytes = serde_json::to_vec(&request)?;
-        send_packet(&self.0, &bytes, &[], SendFlags::empty()).context("the router is gone")?;
         let mut buffer = vec![0; MAX_CONTROL_BYTES];
-        let packet = recv_packet(&self.0, &mut buffer, RecvFlags::empty())
-            .context("the router does not answer")?;
-        if packet.len == 0 {
-            bail!("the router closed the connection; is it run by another user?");
-        }
-        match serde_json::from_slice(&buffer[..packet.len])
+        let answer = send_packet(&self.0, &bytes, fds, SendFlags::empty())
+            .and_then(|()| recv_packet(&self.0, &mut buffer, RecvFlags::empty()));
+        let len = match answer {
+            Ok(packet) if packet.len != 0 => packet.len,
+            Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => return Ok(ControlAnswer::Ending),
+            Err(Errno::AGAIN) => bail!(
+                "the router does not answer within {} s; is it stopped?",
+                ANSWER_TIME.as_secs()
+            ),
+            Err(e) => return Err(e).context("cannot ask the router"),
+        };
+        match serde_json::from_slice(&buffer[..len])
             .context("the router's answer is not understood; is it of another release?")?
         {
             ControlAnswer::Error(message) => bail!(message),
@@ -66,16 +111,42 @@ impl Client {
         }
     }
 
+    /// Asks for something that only succeeds or fails.
+    pub(crate) fn tell(&self, body: Operation, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        match self.call(body, fds)? {
+            ControlAnswer::Done => Ok(()),
+            other => unexpected(other),
+        }
+    }
+
     /// Asks for the status.
     pub(crate) fn status(&self) -> Result<RouterStatus> {
-        match self.call(Operation::Status)? {
+        match self.call(Operation::Status, &[])? {
             ControlAnswer::Status(status) => Ok(status),
-            other => bail!("unexpected answer {other:?}"),
+            other => unexpected(other),
+        }
+    }
+
+    /// Waits until the router has closed the connection; not for ever.
+    pub(crate) fn wait_for_end(self) {
+        let mut buffer = [0];
+        while let Ok(packet) = recv_packet(&self.0, &mut buffer, RecvFlags::empty()) {
+            if packet.len == 0 {
+                return;
+            }
         }
     }
 }
 
-fn dial(path: &Path) -> Result<OwnedFd, rustix::io::Errno> {
+/// An answer that does not fit the question.
+pub(crate) fn unexpected<T>(answer: ControlAnswer) -> Result<T> {
+    match answer {
+        ControlAnswer::Ending => bail!("the router ended before it answered"),
+        other => bail!("the router's answer does not fit the question: {other:?}"),
+    }
+}
+
+fn dial(path: &Path) -> Result<OwnedFd, Errno> {
     let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
     let socket = socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
     connect(&socket, &SocketAddrUnix::new(path)?)?;

@@ -5,8 +5,9 @@ use std::process::{Command, ExitCode};
 
 use anyhow::Result;
 use freeflow_convert::UffdMode;
+use rustix::thread::UnshareFlags;
 
-use crate::{Output, inject};
+use crate::{Output, enter, inject, namespaces, sysfs};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Verdict {
@@ -36,7 +37,8 @@ pub(crate) fn doctor(output: Output) -> Result<ExitCode> {
         cores(),
         memfd(),
         userfaultfd(),
-        namespaces(),
+        mount_namespace(),
+        private_network(),
         ptrace(),
         huge_pages(),
         nic(),
@@ -69,7 +71,7 @@ pub(crate) fn doctor(output: Output) -> Result<ExitCode> {
     }
     let failed = findings.iter().any(|f| f.verdict == Verdict::Fail);
     Ok(if failed {
-        crate::EXIT_FAILURE.into()
+        crate::EXIT_UNFIT.into()
     } else {
         ExitCode::SUCCESS
     })
@@ -150,24 +152,58 @@ fn userfaultfd() -> Finding {
     }
 }
 
-fn namespaces() -> Finding {
-    let what = "mount namespace";
-    let missing = "programs that look for /dev/infiniband or /sys/class/infiniband find nothing \
-                   there; others work";
-    let mut probe = Command::new("unshare");
-    if rustix::process::geteuid().is_root() {
-        probe.args(["--mount", "true"]);
-    } else {
-        probe.args(["--user", "--mount", "true"]);
+/// What is tried in a process of its own, as it changes that process for good.
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub(crate) enum Probe {
+    /// A mount namespace with the device's directories
+    Mounts,
+    /// A network namespace with an interface on a bridge
+    Network,
+}
+
+/// Tries something; an error says why it cannot be had.
+pub(crate) fn probe(what: Probe) -> Result<ExitCode> {
+    match what {
+        Probe::Network => namespaces::probe_network()?,
+        Probe::Mounts => {
+            let tree = std::env::temp_dir().join(format!("freeflow-doctor-{}", std::process::id()));
+            let tried = sysfs::write(&tree, [10, 77, 0, 1].into(), "lo")
+                .map_err(anyhow::Error::from)
+                .and_then(|()| namespaces::separate(UnshareFlags::NEWNS))
+                .and_then(|()| enter::arrange(&tree, false));
+            let _ = std::fs::remove_dir_all(&tree);
+            tried?;
+        }
     }
-    match probe.output() {
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Has another process try something.
+fn tried(what: &'static str, probe: &str, without: &str) -> Finding {
+    let own = match std::env::current_exe() {
+        Ok(own) => own,
+        Err(e) => return finding(what, Verdict::Warn, format!("cannot be tried: {e}")),
+    };
+    match Command::new(own).args(["__probe", probe]).output() {
         Ok(out) if out.status.success() => finding(what, Verdict::Ok, "can be had"),
         Ok(out) => {
-            let reason = String::from_utf8_lossy(&out.stderr).trim().to_owned();
-            finding(what, Verdict::Warn, format!("{reason}: {missing}"))
+            let said = String::from_utf8_lossy(&out.stderr);
+            let reason = said.trim().trim_start_matches("freeflow: ");
+            finding(what, Verdict::Warn, format!("{reason}: {without}"))
         }
-        Err(e) => finding(what, Verdict::Warn, format!("cannot run unshare: {e}")),
+        Err(e) => finding(what, Verdict::Warn, format!("cannot be tried: {e}")),
     }
+}
+
+fn mount_namespace() -> Finding {
+    let without = "programs that look for /dev/infiniband or /sys/class/infiniband find nothing \
+                   there; others work";
+    tried("mount namespace", "mounts", without)
+}
+
+fn private_network() -> Finding {
+    let without = "freeflow run --network private is not possible; --network host is";
+    tried("private network", "network", without)
 }
 
 fn ptrace() -> Finding {

@@ -4,10 +4,13 @@ mod client;
 mod doctor;
 mod enter;
 mod inject;
+mod namespaces;
 mod router;
 mod run;
 mod show;
+mod start;
 mod sysfs;
+mod watch;
 
 use std::ffi::OsString;
 use std::net::IpAddr;
@@ -17,20 +20,64 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use freeflow_api::RuntimeDir;
 
-/// FreeFlow itself failed; programs that `freeflow run` starts seldom use these codes.
+/// `freeflow doctor` found something that FreeFlow cannot do without.
+const EXIT_UNFIT: u8 = 1;
+/// The command line is wrong; under `freeflow run` it is [`EXIT_FAILURE`].
+const EXIT_USAGE: u8 = 2;
+/// No router serves the runtime directory.
+const EXIT_NO_ROUTER: u8 = 3;
+/// FreeFlow itself failed; programs that `freeflow run` starts seldom use this code.
 const EXIT_FAILURE: u8 = 125;
+/// The program is there but cannot be executed.
+const EXIT_NOT_EXECUTABLE: u8 = 126;
+/// The program is not there.
+const EXIT_NOT_FOUND: u8 = 127;
 
 const EXIT_CODES: &str = "\
-Exit codes: 0 success; 125 freeflow itself failed, the reason is on standard error; 126 the \
-program cannot be executed; 127 it is not found; else the program's own, or 128 plus the signal \
-that killed it.";
+Exit codes:
+  0    success
+  1    doctor: this machine lacks something that FreeFlow cannot do without
+  2    bad usage
+  3    no router runs in the runtime directory
+  125  freeflow itself failed: the reason is on standard error
+run passes on its program's exit code, or 128 plus the signal that killed it; its own are:
+  125  freeflow itself failed (bad usage, too), and the program did not run
+  126  the program cannot be executed
+  127  the program is not found";
+
+const RUN_HELP: &str = "\
+Two endpoints of an embedded router, which ends with the last of them:
+  freeflow run --network private --ip 10.77.0.1 -- ib_write_bw &
+  freeflow run --network private --ip 10.77.0.2 -- ib_write_bw 10.77.0.1
+
+With the host's network the programs' own TCP connections use the host's addresses:
+  freeflow run --ip 10.77.0.1 -- ib_write_bw &
+  freeflow run --ip 10.77.0.2 -- ib_write_bw 127.0.0.1
+
+Endpoints of a tenant that have a private network reach each other and nothing else. An ordinary
+user needs user namespaces for it (freeflow doctor).
+
+The program gets the libraries by LD_LIBRARY_PATH, the endpoint by FREEFLOW_ENDPOINT. SIGHUP,
+SIGINT, SIGQUIT, SIGTERM, SIGUSR1 and SIGUSR2 are passed on to it, and it gets SIGTERM if freeflow
+run is killed.
+
+Exit code: the program's, or 128 plus the signal that killed it; 125 if freeflow failed, 126 if the
+program cannot be executed, 127 if it is not found.";
+
+const ENDPOINT_HELP: &str = "\
+An endpoint for programs that are started by hand, or in containers, needs a router that stays
+(freeflow router). create prints the endpoint's name, address and socket:
+  freeflow endpoint create web --ip 10.77.0.1
+  FREEFLOW_ENDPOINT=SOCKET LD_LIBRARY_PATH=LIB ibv_devinfo
+where LIB is the directory of FreeFlow's libraries (freeflow doctor shows it). In a container, mount
+SOCKET as /run/freeflow/endpoint.sock; then FREEFLOW_ENDPOINT is not needed.";
 
 /// Virtual RDMA devices for unmodified programs.
 #[derive(Parser)]
 #[command(version, after_help = EXIT_CODES)]
 struct Cli {
     /// Runtime directory of the router [default: $FREEFLOW_RUNTIME_DIR, or /run/freeflow for
-    /// root, or $XDG_RUNTIME_DIR/freeflow]
+    /// root, or $XDG_RUNTIME_DIR/freeflow, or /tmp/freeflow-UID]
     #[arg(long, global = true, value_name = "DIR")]
     runtime_dir: Option<PathBuf>,
     #[command(subcommand)]
@@ -40,10 +87,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run a program with a virtual RDMA device
-    #[command(after_help = "\
-Example: two endpoints of an embedded router, which ends with the last of them:
-  freeflow run --ip 10.77.0.1 -- ib_write_bw &
-  freeflow run --ip 10.77.0.2 -- ib_write_bw 127.0.0.1")]
+    #[command(after_help = RUN_HELP)]
     Run(RunArgs),
     /// Run the host daemon in the foreground
     Router {
@@ -55,7 +99,7 @@ Example: two endpoints of an embedded router, which ends with the last of them:
         no_sandbox: bool,
     },
     /// Create, list and remove endpoints
-    #[command(subcommand)]
+    #[command(subcommand, after_help = ENDPOINT_HELP)]
     Endpoint(EndpointCommand),
     /// Show the router, its endpoints and their sessions
     Status(OutputArgs),
@@ -64,6 +108,15 @@ Example: two endpoints of an embedded router, which ends with the last of them:
     /// Prepare a program's view of the system and execute it (used by `run`)
     #[command(name = "__enter", hide = true)]
     Enter(enter::EnterArgs),
+    /// Make a bridge in a network namespace of its own (used by `router`)
+    #[command(name = "__bridge", hide = true)]
+    Bridge,
+    /// Try what the system allows, in a process that ends then (used by `doctor`)
+    #[command(name = "__probe", hide = true)]
+    Probe {
+        /// What to try
+        what: doctor::Probe,
+    },
 }
 
 #[derive(Args)]
@@ -80,6 +133,10 @@ struct RunArgs {
     /// The program's network: the host's, or one of its own
     #[arg(long, value_enum, default_value_t = Network::Host)]
     network: Network,
+    /// Load FreeFlow's library before all others: for programs that bring a copy of libibverbs
+    /// under another name, as Python's wheels do
+    #[arg(long)]
+    preload: bool,
     /// Say what is done
     #[arg(short, long)]
     verbose: bool,
@@ -92,7 +149,7 @@ struct RunArgs {
 enum Network {
     /// The host's network
     Host,
-    /// A network namespace of its own
+    /// A network namespace with the endpoint's address on an interface of its own
     Private,
 }
 
@@ -110,6 +167,8 @@ enum EndpointCommand {
         /// Tenant [default: default]
         #[arg(long)]
         tenant: Option<String>,
+        #[command(flatten)]
+        output: OutputArgs,
     },
     /// Show one endpoint
     Inspect {
@@ -145,10 +204,10 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(e) => {
             let _ = e.print();
-            return if e.use_stderr() {
-                EXIT_FAILURE.into()
-            } else {
-                ExitCode::SUCCESS
+            return match (e.use_stderr(), runs_a_program(std::env::args_os().skip(1))) {
+                (false, _) => ExitCode::SUCCESS,
+                (true, true) => EXIT_FAILURE.into(),
+                (true, false) => EXIT_USAGE.into(),
             };
         }
     };
@@ -168,10 +227,50 @@ fn main() -> ExitCode {
         Command::Endpoint(command) => show::endpoint(&dir, &command),
         Command::Status(args) => show::status(&dir, args.output),
         Command::Doctor(args) => doctor::doctor(args.output),
-        Command::Enter(args) => enter::enter(&args),
+        Command::Enter(args) => enter::enter(&dir, &args),
+        Command::Bridge => namespaces::bridge(),
+        Command::Probe { what } => doctor::probe(what),
     };
     done.unwrap_or_else(|e| {
         eprintln!("freeflow: {e:#}");
-        EXIT_FAILURE.into()
+        if e.is::<client::NoRouter>() {
+            EXIT_NO_ROUTER.into()
+        } else {
+            EXIT_FAILURE.into()
+        }
     })
+}
+
+/// Whether a command line that is not understood was to run a program: then the exit code must
+/// not be taken for the program's.
+fn runs_a_program(mut args: impl Iterator<Item = OsString>) -> bool {
+    while let Some(arg) = args.next() {
+        if arg == "--runtime-dir" {
+            args.next();
+        } else if !arg.as_encoded_bytes().starts_with(b"-") {
+            return arg == "run" || arg == "__enter";
+        }
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn bad_usage_of_run_is_told_from_a_programs_failure() {
+        let runs = |line: &str| runs_a_program(line.split(' ').map(OsString::from));
+        assert!(runs("run --no-such-option"));
+        assert!(runs("--runtime-dir status run"));
+        assert!(runs("--runtime-dir=x run"));
+        assert!(!runs("endpoint create run --no-such-option"));
+        assert!(!runs("--runtime-dir run status"));
+    }
 }

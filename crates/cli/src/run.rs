@@ -1,172 +1,198 @@
 //! `freeflow run`: a program as an endpoint.
 
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::Path;
-use std::process::{Child, Command, ExitCode, Stdio};
-use std::time::{Duration, Instant};
+use std::ffi::OsStr;
+use std::os::fd::AsFd;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitCode, ExitStatus};
+use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
-use freeflow_api::{ControlAnswer, NewEndpoint, Operation, RuntimeDir};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
-use signal_hook::iterator::Signals;
+use anyhow::{Context, Result};
+use freeflow_api::{NewEndpoint, RuntimeDir};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
+use signal_hook::iterator::SignalsInfo;
+use signal_hook::iterator::exfiltrator::WithOrigin;
+use signal_hook::low_level::siginfo::{Cause, Origin};
 
-use crate::client::Client;
-use crate::{Network, RunArgs, inject, sysfs};
+use crate::inject::Injection;
+use crate::{EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, Network, RunArgs, inject, start, sysfs, watch};
 
-/// A router that is not there after this time has a problem.
-const START_TIME: Duration = Duration::from_secs(10);
+/// Signals that are the program's.
+const FORWARDED: [i32; 6] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2];
 
 /// Runs a program; the exit code is its own.
 pub(crate) fn run(dir: &RuntimeDir, args: &RunArgs) -> Result<ExitCode> {
-    if args.network == Network::Private {
-        bail!(
-            "--network private is not offered yet: run the program in a container or network \
-             namespace of its own, inside of which `freeflow run` works as here"
-        );
-    }
-    let libraries = inject::library_dir()?;
-    if let Some(program) = inject::resolve(&args.command[0])
-        && let Some(obstacle) = inject::obstacle(&program, &libraries)
-    {
+    let injection = Injection::new(args.preload)?;
+    let program = match find(&args.command[0]) {
+        Ok(program) => program,
+        Err((code, reason)) => {
+            eprintln!("freeflow: {reason}");
+            return Ok(code.into());
+        }
+    };
+    let obstacle = injection.obstacle(&program);
+    if let Some(obstacle) = &obstacle {
         eprintln!("freeflow: warning: {obstacle}");
     }
-    // Before anything is made that a signal would leave behind.
-    let mut signals =
-        Signals::new([SIGHUP, SIGINT, SIGQUIT, SIGTERM]).context("cannot handle signals")?;
-    let client = connect_or_start(dir, args.verbose)?;
     let new = NewEndpoint {
         name: args.name.clone(),
         ip: args.ip,
         tenant: args.tenant.clone(),
         ephemeral: true,
     };
-    let ControlAnswer::Created { name, ip, socket } =
-        client.call(Operation::CreateEndpoint(new))?
-    else {
-        bail!("the router did not create the endpoint");
-    };
+    let endpoint = start::endpoint(dir, &new, args.verbose)?;
     if args.verbose {
-        eprintln!("freeflow: endpoint {name} has address {ip}");
+        eprintln!(
+            "freeflow: endpoint {} has address {}",
+            endpoint.name, endpoint.ip
+        );
     }
-    let tree = dir.sysfs(&name);
-    sysfs::write(&tree, ip).with_context(|| format!("cannot write {}", tree.display()))?;
+    let private = args.network == Network::Private;
+    let ndev = if private {
+        freeflow_network::INTERFACE
+    } else {
+        "lo"
+    };
+    let tree = dir.sysfs(&endpoint.name);
+    sysfs::write(&tree, endpoint.ip, ndev)
+        .with_context(|| format!("cannot write {}", tree.display()))?;
     let own = std::env::current_exe().context("cannot find the freeflow command itself")?;
     let mut command = Command::new(own);
+    command.arg("--runtime-dir").arg(dir.path());
     command.arg("__enter").arg("--sysfs").arg(&tree);
+    if private {
+        command.args(["--private", &endpoint.name]);
+        command.args(["--ip", &endpoint.ip.to_string()]);
+    }
     if args.verbose {
         command.arg("--verbose");
     }
-    let mut child = command
+    command
         .arg("--")
         .args(&args.command)
-        .env("FREEFLOW_ENDPOINT", &socket)
+        .env("FREEFLOW_ENDPOINT", &endpoint.socket)
         .env("FREEFLOW_SYSFS", &tree)
-        .env("LD_LIBRARY_PATH", inject::library_path(&libraries))
-        .spawn()
-        .context("cannot start a process")?;
-    let pid = child.id();
-    let handle = signals.handle();
-    let forwarder = std::thread::spawn(move || {
-        for signal in signals.forever() {
-            forward(pid, signal);
-        }
-    });
-    let status = child.wait().context("cannot wait for the program")?;
-    handle.close();
-    let _ = forwarder.join();
+        .envs(injection.environment());
+    let signals = forwarded_signals()?;
+    let mut child = command.spawn().context("cannot start a process")?;
+    let forwarder = forward(signals, child.id());
+    // What was told once is not told again.
+    let status = wait(&mut child, obstacle.is_none().then_some(&injection))?;
+    forwarder.close();
     // Dropping the connection removes the endpoint.
-    drop(client);
-    let code = status
-        .code()
-        .or_else(|| status.signal().map(|s| 128 + s))
-        .unwrap_or(255);
-    Ok(u8::try_from(code).unwrap_or(255).into())
+    drop(endpoint.client);
+    Ok(exit_code(status).into())
 }
 
-/// A terminal sends its signals to the whole group: only what was sent to us alone is passed on.
-fn forward(pid: u32, signal: i32) {
-    use rustix::process::{Pid, Signal, kill_process};
-    let from_terminal = signal == SIGINT || signal == SIGQUIT;
-    let foreground = rustix::termios::tcgetpgrp(std::io::stdin())
-        .is_ok_and(|group| group == rustix::process::getpgrp());
-    if from_terminal && foreground {
+/// The file of a command, or the shell's exit code for it and why.
+fn find(command: &OsStr) -> Result<std::path::PathBuf, (u8, String)> {
+    let name = command.display();
+    let Some(program) = inject::resolve(command) else {
+        let reason = format!("cannot run {name}: there is no such program");
+        return Err((EXIT_NOT_FOUND, reason));
+    };
+    let refused = match rustix::fs::access(&program, rustix::fs::Access::EXEC_OK) {
+        Ok(()) if program.is_dir() => Some("it is a directory".to_owned()),
+        Ok(()) => None,
+        Err(e) => Some(e.to_string()),
+    };
+    match refused {
+        Some(why) => Err((EXIT_NOT_EXECUTABLE, format!("cannot run {name}: {why}"))),
+        None => Ok(program),
+    }
+}
+
+/// As the shell shows it: 128 and the signal that killed the program.
+fn exit_code(status: ExitStatus) -> u8 {
+    let code = status.code().or_else(|| Some(128 + status.signal()?));
+    code.and_then(|code| u8::try_from(code).ok())
+        .unwrap_or(u8::MAX)
+}
+
+/// Waits for the program; meanwhile looks a few times which library it uses, and tells once.
+fn wait(child: &mut Child, injection: Option<&Injection>) -> Result<ExitStatus> {
+    let began = Instant::now();
+    let pid = child.id();
+    let watched = i32::try_from(pid)
+        .ok()
+        .and_then(Pid::from_raw)
+        .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+    if let (Some(watched), Some(injection)) = (watched, injection) {
+        for look in watch::LOOKS {
+            let ended = loop {
+                let left = look.saturating_sub(began.elapsed());
+                let left = rustix::time::Timespec::try_from(left)?;
+                let mut fds = [PollFd::from_borrowed_fd(watched.as_fd(), PollFlags::IN)];
+                match poll(&mut fds, Some(&left)) {
+                    Err(rustix::io::Errno::INTR) => {}
+                    other => break other.context("cannot watch the program")? != 0,
+                }
+            };
+            if ended {
+                break;
+            }
+            if let Some(stray) = watch::find_stray(pid, injection) {
+                eprintln!("freeflow: warning: {stray}; freeflow run --preload may help");
+                break;
+            }
+        }
+    }
+    child.wait().context("cannot wait for the program")
+}
+
+/// Signals to pass on. What is ignored stays ignored, here and in the program, as for nohup(1)
+/// and a shell's background jobs.
+fn forwarded_signals() -> Result<SignalsInfo<WithOrigin>> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .unwrap_or(0);
+    let wanted = FORWARDED.iter().filter(|&s| ignored >> (s - 1) & 1 == 0);
+    SignalsInfo::new(wanted).context("cannot handle signals")
+}
+
+fn forward(mut signals: SignalsInfo<WithOrigin>, pid: u32) -> signal_hook::iterator::Handle {
+    let handle = signals.handle();
+    std::thread::spawn(move || {
+        for origin in &mut signals {
+            pass_on(pid, &origin);
+        }
+    });
+    handle
+}
+
+/// A terminal sends its signals to the whole group: only what a process sent is passed on.
+fn pass_on(pid: u32, origin: &Origin) {
+    use rustix::process::{Signal, kill_process};
+    if origin.cause == Cause::Kernel {
         return;
     }
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    if let (Some(pid), Some(signal)) = (pid, Signal::from_named_raw(signal)) {
+    if let (Some(pid), Some(signal)) = (pid, Signal::from_named_raw(origin.signal)) {
         let _ = kill_process(pid, signal);
     }
 }
 
-/// The router of the directory; an embedded one is started if there is none.
-fn connect_or_start(dir: &RuntimeDir, verbose: bool) -> Result<Client> {
-    if let Some(client) = Client::try_connect(dir)? {
-        return Ok(client);
-    }
-    let deadline = Instant::now() + START_TIME;
-    let mut started = start(dir)?;
-    if verbose {
-        eprintln!(
-            "freeflow: started an embedded router (pid {})",
-            started.id()
-        );
-    }
-    loop {
-        if let Some(client) = Client::try_connect(dir)? {
-            return Ok(client);
-        }
-        // Somebody else may have started one at the same moment: ours then ends at once, and
-        // theirs is about to serve.
-        let ended = started.try_wait().context("cannot watch the router")?;
-        if Instant::now() > deadline || ended.is_some_and(|s| !s.success() && !is_served(dir)) {
-            let log = std::fs::read_to_string(dir.log()).unwrap_or_default();
-            let reason = log.lines().last().unwrap_or("it says nothing");
-            bail!("the router did not start: {reason}");
-        }
-        if ended.is_some() && !is_served(dir) {
-            started = start(dir)?;
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Whether some router holds the directory.
-fn is_served(dir: &RuntimeDir) -> bool {
-    let Ok(lock) = std::fs::File::open(dir.lock()) else {
-        return false;
-    };
-    let free = rustix::fs::FlockOperation::NonBlockingLockShared;
-    rustix::fs::flock(&lock, free).is_err()
-}
+    #[test]
+    fn exit_codes_are_the_shells() {
+        assert_eq!(exit_code(ExitStatus::from_raw(7 << 8)), 7);
+        assert_eq!(exit_code(ExitStatus::from_raw(9)), 137);
+    }
 
-fn start(dir: &RuntimeDir) -> Result<Child> {
-    use std::os::unix::fs::DirBuilderExt;
-    let path = dir.path();
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .with_context(|| format!("cannot make {}", path.display()))?;
-    let log = log_file(&dir.log())?;
-    let own = std::env::current_exe().context("cannot find the freeflow command itself")?;
-    Command::new(own)
-        .arg("--runtime-dir")
-        .arg(path)
-        .args(["router", "--embedded"])
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(log)
-        // Signals of our terminal are not for it: others may use it.
-        .process_group(0)
-        .spawn()
-        .context("cannot start a router")
-}
-
-fn log_file(path: &Path) -> Result<std::fs::File> {
-    std::fs::File::options()
-        .create(true)
-        .append(true)
-        .open(path)
-        .with_context(|| format!("cannot write {}", path.display()))
+    #[test]
+    fn what_cannot_run_is_told_apart() {
+        assert!(find(OsStr::new("sh")).is_ok());
+        let code = |name: &str| find(OsStr::new(name)).unwrap_err().0;
+        assert_eq!(code("no-such-command-here"), EXIT_NOT_FOUND);
+        assert_eq!(code("/no/such/file"), EXIT_NOT_FOUND);
+        assert_eq!(code("/proc/self/status"), EXIT_NOT_EXECUTABLE);
+        assert_eq!(code("/"), EXIT_NOT_EXECUTABLE);
+    }
 }

@@ -7,7 +7,7 @@ use freeflow_api::{
     ControlAnswer, EndpointStatus, NewEndpoint, Operation, RouterStatus, RuntimeDir,
 };
 
-use crate::client::Client;
+use crate::client::{Client, unexpected};
 use crate::{EndpointCommand, Output};
 
 pub(crate) fn status(dir: &RuntimeDir, output: Output) -> Result<ExitCode> {
@@ -142,18 +142,27 @@ pub(crate) fn endpoint(dir: &RuntimeDir, command: &EndpointCommand) -> Result<Ex
                 Output::Text => print_endpoints(&endpoints),
             }
         }
-        EndpointCommand::Create { name, ip, tenant } => {
+        EndpointCommand::Create {
+            name,
+            ip,
+            tenant,
+            output,
+        } => {
             let new = NewEndpoint {
                 name: name.clone(),
                 ip: *ip,
                 tenant: tenant.clone(),
                 ephemeral: false,
             };
-            match client.call(Operation::CreateEndpoint(new))? {
-                ControlAnswer::Created { name, ip, socket } => {
-                    println!("{name} {ip} {}", socket.display());
-                }
-                other => bail!("unexpected answer {other:?}"),
+            match client.call(Operation::CreateEndpoint(new), &[])? {
+                ControlAnswer::Created { name, ip, socket } => match output.output {
+                    Output::Json => {
+                        let made = serde_json::json!({"name": name, "ip": ip, "socket": socket});
+                        println!("{}", serde_json::to_string_pretty(&made)?);
+                    }
+                    Output::Text => println!("{name} {ip} {}", socket.display()),
+                },
+                other => return unexpected(other),
             }
         }
         EndpointCommand::Inspect { name, output } => {
@@ -170,7 +179,7 @@ pub(crate) fn endpoint(dir: &RuntimeDir, command: &EndpointCommand) -> Result<Ex
             }
         }
         EndpointCommand::Rm { name } => {
-            client.call(Operation::RemoveEndpoint { name: name.clone() })?;
+            client.tell(Operation::RemoveEndpoint { name: name.clone() }, &[])?;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -9,8 +9,12 @@ pub(crate) const DEVICE: &str = "freeflow0";
 /// Name of its character device.
 pub(crate) const UVERBS: &str = "uverbs0";
 
-/// Writes the tree of an endpoint.
-pub(crate) fn write(root: &Path, ip: IpAddr) -> io::Result<()> {
+/// An empty directory in the tree, to mount things on while they are put together.
+pub(crate) const STAGE: &str = "stage";
+
+/// Writes the tree of an endpoint whose address is on the interface `ndev`.
+pub(crate) fn write(root: &Path, ip: IpAddr, ndev: &str) -> io::Result<()> {
+    std::fs::create_dir_all(root.join(STAGE))?;
     let v6 = match ip {
         IpAddr::V4(v4) => v4.to_ipv6_mapped(),
         IpAddr::V6(v6) => v6,
@@ -32,7 +36,7 @@ pub(crate) fn write(root: &Path, ip: IpAddr) -> io::Result<()> {
         ("ports/1/pkeys/0", "0xffff"),
         ("ports/1/gids/0", &gid),
         ("ports/1/gid_attrs/types/0", "RoCE v2"),
-        ("ports/1/gid_attrs/ndevs/0", "lo"),
+        ("ports/1/gid_attrs/ndevs/0", ndev),
         ("device/vendor", "0x46464c"),
         ("device/numa_node", "-1"),
     ];
@@ -59,7 +63,7 @@ mod tests {
     #[test]
     fn the_gid_is_written_as_sysfs_does() {
         let root = std::env::temp_dir().join(format!("ff-sysfs-{}", std::process::id()));
-        write(&root, "10.1.2.3".parse().unwrap()).unwrap();
+        write(&root, "10.1.2.3".parse().unwrap(), "eth0").unwrap();
         let gid = root.join("infiniband/freeflow0/ports/1/gids/0");
         let text = std::fs::read_to_string(gid).unwrap();
         assert_eq!(text, "0000:0000:0000:0000:0000:ffff:0a01:0203\n");

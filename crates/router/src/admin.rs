@@ -3,11 +3,11 @@
 use std::collections::HashSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::path::Path;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use freeflow_api::{
@@ -19,6 +19,7 @@ use freeflow_types::VirtualIp;
 use rustix::fs::FlockOperation;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags};
 
+use crate::bridges::{Bridges, MakeBridge};
 use crate::{EndpointSpec, Router, RouterError};
 
 /// Connections served at once.
@@ -33,8 +34,7 @@ const LINGER: Duration = Duration::from_secs(1);
 /// An embedded router that never had an endpoint ends after this time.
 const FIRST_ENDPOINT: Duration = Duration::from_secs(20);
 
-/// Time between looks whether an embedded router may end, and whether the engine is stuck.
-const LOOK_EMBEDDED: Duration = Duration::from_millis(200);
+/// Time between looks whether the engine is stuck.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Addresses are given out of 10.77.0.0/16.
@@ -46,12 +46,27 @@ pub struct Admin {
     dir: RuntimeDir,
     listener: OwnedFd,
     /// Held as long as the directory is served.
-    _lock: OwnedFd,
+    lock: OwnedFd,
+    bridges: Bridges,
     connections: AtomicUsize,
-    /// Endpoints, and when the last one went (or the router came).
-    endpoints: Mutex<(HashSet<String>, Instant, bool)>,
-    stop: Mutex<bool>,
-    stopped: Condvar,
+    /// One change at a time: what is free must stay free until it is taken.
+    turn: Mutex<()>,
+    /// Held for moments only: [`Admin::wait`] also watches an engine that does not answer.
+    state: Mutex<State>,
+    /// Of the state.
+    changed: Condvar,
+}
+
+struct State {
+    endpoints: HashSet<String>,
+    /// Endpoints that are being created.
+    coming: usize,
+    /// When the last endpoint went, or the router came.
+    since: Instant,
+    had_any: bool,
+    /// Nothing is created any more.
+    ending: bool,
+    stop: bool,
 }
 
 fn io_error(what: &str, path: &Path, source: impl Into<io::Error>) -> RouterError {
@@ -62,9 +77,15 @@ fn io_error(what: &str, path: &Path, source: impl Into<io::Error>) -> RouterErro
 }
 
 impl Admin {
-    /// Takes a runtime directory and serves it with a router, until [`Self::stop`].
-    pub fn start(router: Router, dir: RuntimeDir) -> Result<Arc<Admin>, RouterError> {
-        let lock = take(&dir)?;
+    /// Takes a runtime directory and serves it with a router, until [`Self::close`]. For the
+    /// directory's last router, which may be about to end, it waits as long as `patience`.
+    pub fn start(
+        router: Router,
+        dir: RuntimeDir,
+        make_bridge: MakeBridge,
+        patience: Duration,
+    ) -> Result<Arc<Admin>, RouterError> {
+        let lock = take(&dir, patience)?;
         let path = dir.control_socket();
         let listener = crate::listen(&path).map_err(|e| io_error("cannot serve", &path, e))?;
         rustix::io::ioctl_fionbio(&listener, false)
@@ -73,11 +94,19 @@ impl Admin {
             router,
             dir,
             listener,
-            _lock: lock,
+            lock,
+            bridges: Bridges::new(make_bridge),
             connections: AtomicUsize::new(0),
-            endpoints: Mutex::new((HashSet::new(), Instant::now(), false)),
-            stop: Mutex::new(false),
-            stopped: Condvar::new(),
+            turn: Mutex::default(),
+            state: Mutex::new(State {
+                endpoints: HashSet::new(),
+                coming: 0,
+                since: Instant::now(),
+                had_any: false,
+                ending: false,
+                stop: false,
+            }),
+            changed: Condvar::new(),
         });
         let server = admin.clone();
         std::thread::Builder::new()
@@ -87,16 +116,34 @@ impl Admin {
         Ok(admin)
     }
 
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Waits until the router is to end: somebody says so, or it is embedded and its last
-    /// endpoint is gone.
+    /// endpoint is gone. Nothing is created any more then.
     pub fn wait(&self, embedded: bool) {
-        // An idle router is woken as rarely as its work allows.
-        let wait = if embedded { LOOK_EMBEDDED } else { LOOK };
         let mut told = false;
-        let mut stop = self.stop.lock().unwrap_or_else(PoisonError::into_inner);
-        while !*stop {
-            stop = match self.stopped.wait_timeout(stop, wait) {
-                Ok((stop, _)) => stop,
+        let mut state = self.state();
+        loop {
+            let lonely = embedded && state.endpoints.is_empty() && state.coming == 0;
+            let patience = if state.had_any {
+                LINGER
+            } else {
+                FIRST_ENDPOINT
+            };
+            let left = patience.saturating_sub(state.since.elapsed());
+            if state.stop || lonely && left.is_zero() {
+                state.ending = true;
+                return;
+            }
+            let look = if lonely { left.min(LOOK) } else { LOOK };
+            state = match self.changed.wait_timeout(state, look) {
+                Ok((state, _)) => state,
                 Err(e) => e.into_inner().0,
             };
             match self.router.stuck() {
@@ -108,41 +155,28 @@ impl Admin {
                 Some(_) => {}
                 None => told = false,
             }
-            if embedded && self.is_lonely() {
-                return;
-            }
         }
     }
 
     /// Ends [`Self::wait`].
     pub fn stop(&self) {
-        *self.stop.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.stopped.notify_all();
+        self.state().stop = true;
+        self.changed.notify_all();
     }
 
     /// Ends service: no socket of the directory leads anywhere any more. Who asks the router for
     /// something from now on starts another.
     pub fn close(&self) {
+        self.state().ending = true;
+        // A last endpoint may be on its way.
+        drop(self.turn());
         let _ = std::fs::remove_file(self.dir.control_socket());
-        let endpoints = self
-            .endpoints
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .0
-            .clone();
+        let endpoints = self.state().endpoints.clone();
         for name in endpoints {
             let _ = self.remove(&name);
         }
-    }
-
-    fn is_lonely(&self) -> bool {
-        let endpoints = self
-            .endpoints
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let (names, since, had_any) = &*endpoints;
-        let patience = if *had_any { LINGER } else { FIRST_ENDPOINT };
-        names.is_empty() && since.elapsed() > patience
+        // The next router need not wait for this one's threads.
+        let _ = rustix::fs::flock(&self.lock, FlockOperation::Unlock);
     }
 
     fn serve(self: Arc<Self>) {
@@ -192,7 +226,7 @@ impl Admin {
             }
             let answer = match serde_json::from_slice::<ControlRequest>(&buffer[..packet.len]) {
                 Ok(request) if request.version == CONTROL_VERSION && !packet.truncated => {
-                    self.execute(request.body, &mut ephemeral)
+                    self.execute(request.body, &packet.fds, &mut ephemeral)
                 }
                 Ok(request) => ControlAnswer::Error(format!(
                     "this router speaks control version {CONTROL_VERSION}, not {}; use the \
@@ -214,11 +248,18 @@ impl Admin {
         }
     }
 
-    fn execute(&self, operation: Operation, ephemeral: &mut Vec<String>) -> ControlAnswer {
+    fn execute(
+        &self,
+        operation: Operation,
+        fds: &[OwnedFd],
+        ephemeral: &mut Vec<String>,
+    ) -> ControlAnswer {
+        let done = |result: Result<(), RouterError>| result.map(|()| ControlAnswer::Done);
         let result = match operation {
             Operation::Status => Ok(ControlAnswer::Status(self.router.status())),
             Operation::CreateEndpoint(new) => self.create(new, ephemeral),
-            Operation::RemoveEndpoint { name } => self.remove(&name).map(|()| ControlAnswer::Done),
+            Operation::RemoveEndpoint { name } => done(self.remove(&name)),
+            Operation::AttachNetwork { name } => done(self.attach(&name, fds)),
         };
         result.unwrap_or_else(|e| ControlAnswer::Error(e.to_string()))
     }
@@ -228,11 +269,29 @@ impl Admin {
         new: NewEndpoint,
         ephemeral: &mut Vec<String>,
     ) -> Result<ControlAnswer, RouterError> {
-        // One at a time: what is free must stay free until it is taken.
-        let mut endpoints = self
-            .endpoints
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.turn();
+        {
+            let mut state = self.state();
+            if state.ending {
+                return Ok(ControlAnswer::Ending);
+            }
+            state.coming += 1;
+        }
+        let ends_with_us = new.ephemeral;
+        let created = self.create_now(new);
+        let mut state = self.state();
+        state.coming -= 1;
+        state.since = Instant::now();
+        let (name, ip, socket) = created?;
+        state.had_any = true;
+        state.endpoints.insert(name.clone());
+        if ends_with_us {
+            ephemeral.push(name.clone());
+        }
+        Ok(ControlAnswer::Created { name, ip, socket })
+    }
+
+    fn create_now(&self, new: NewEndpoint) -> Result<(String, IpAddr, PathBuf), RouterError> {
         let tenant = new.tenant.unwrap_or_else(|| "default".to_owned());
         let existing = self.router.status().endpoints;
         let taken: HashSet<_> = existing
@@ -240,7 +299,11 @@ impl Admin {
             .filter(|e| e.tenant == tenant)
             .map(|e| e.ip)
             .collect();
-        let ip = match new.ip {
+        // An IPv4 address in an IPv6 address's clothes has the same GID.
+        let ip = match new.ip.map(|ip| ip.to_canonical()) {
+            Some(ip) if is_pool_edge(ip) => {
+                return Err(RouterError::BadAddress { ip: VirtualIp(ip) });
+            }
             Some(ip) => ip,
             None => next_address(&taken).ok_or(RouterError::TooMany)?,
         };
@@ -260,48 +323,67 @@ impl Admin {
             socket: socket.clone(),
         };
         self.router.add_endpoint(spec)?;
-        endpoints.0.insert(name.clone());
-        endpoints.2 = true;
-        if new.ephemeral {
-            ephemeral.push(name.clone());
-        }
-        Ok(ControlAnswer::Created { name, ip, socket })
+        Ok((name, ip, socket))
+    }
+
+    fn attach(&self, name: &str, fds: &[OwnedFd]) -> Result<(), RouterError> {
+        let [namespace] = fds else {
+            return Err(RouterError::NoNamespace { got: fds.len() });
+        };
+        // The endpoint is not removed meanwhile.
+        let _turn = self.turn();
+        let tenant = self
+            .router
+            .tenant(name)
+            .ok_or_else(|| RouterError::NoEndpoint {
+                name: name.to_owned(),
+            })?;
+        self.bridges.attach(name, &tenant, namespace.as_fd())
     }
 
     fn remove(&self, name: &str) -> Result<(), RouterError> {
-        let mut endpoints = self
-            .endpoints
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.turn();
         self.router.remove_endpoint(name)?;
+        self.bridges.detach(name);
         let _ = std::fs::remove_dir_all(self.dir.sysfs(name));
-        endpoints.0.remove(name);
-        endpoints.1 = Instant::now();
+        let mut state = self.state();
+        state.endpoints.remove(name);
+        state.since = Instant::now();
+        drop(state);
+        self.changed.notify_all();
         Ok(())
     }
 }
 
-/// Makes a runtime directory and locks it.
-fn take(dir: &RuntimeDir) -> Result<OwnedFd, RouterError> {
+/// Makes a runtime directory, locks it, and removes what a router that was killed left in it.
+fn take(dir: &RuntimeDir, patience: Duration) -> Result<OwnedFd, RouterError> {
+    let path = dir.path();
     let mut builder = std::fs::DirBuilder::new();
     builder.recursive(true).mode(0o700);
-    for path in [dir.path(), &dir.endpoints()] {
-        builder
-            .create(path)
-            .map_err(|e| io_error("cannot make", path, e))?;
-    }
-    let path = dir.path();
+    builder
+        .create(path)
+        .map_err(|e| io_error("cannot make runtime directory", path, e))?;
     let meta = std::fs::symlink_metadata(path).map_err(|e| io_error("cannot read", path, e))?;
     let own = rustix::process::geteuid().as_raw();
-    use std::os::unix::fs::MetadataExt;
     if !meta.is_dir() || meta.uid() != own {
-        let e = io::Error::new(
-            io::ErrorKind::PermissionDenied,
-            "it belongs to another user",
-        );
-        return Err(io_error("cannot use runtime directory", path, e));
+        return Err(RouterError::NotOurs {
+            dir: path.to_owned(),
+            owner: meta.uid(),
+        });
     }
     let _ = std::fs::set_permissions(path, PermissionsExt::from_mode(0o700));
+    let lock = lock(dir, patience)?;
+    for stale in [dir.endpoints(), dir.sysfs_root()] {
+        let _ = std::fs::remove_dir_all(stale);
+    }
+    let path = dir.endpoints();
+    builder
+        .create(&path)
+        .map_err(|e| io_error("cannot make", &path, e))?;
+    Ok(lock)
+}
+
+fn lock(dir: &RuntimeDir, patience: Duration) -> Result<OwnedFd, RouterError> {
     let path = dir.lock();
     let file = std::fs::File::options()
         .create(true)
@@ -309,13 +391,29 @@ fn take(dir: &RuntimeDir) -> Result<OwnedFd, RouterError> {
         .write(true)
         .open(&path)
         .map_err(|e| io_error("cannot open", &path, e))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file.into()),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(RouterError::AlreadyServed {
-            dir: dir.path().to_owned(),
-        }),
-        Err(e) => Err(io_error("cannot lock", &path, e)),
+    let deadline = Instant::now() + patience;
+    loop {
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file.into()),
+            // It does not say when it ends.
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(RouterError::AlreadyServed {
+                    dir: dir.path().to_owned(),
+                });
+            }
+            Err(e) => return Err(io_error("cannot lock", &path, e)),
+        }
     }
+}
+
+/// The addresses of the pool's network itself and of all its hosts at once.
+fn is_pool_edge(ip: IpAddr) -> bool {
+    let [a, b] = POOL;
+    let edges = [Ipv4Addr::new(a, b, 0, 0), Ipv4Addr::new(a, b, 255, 255)];
+    edges.iter().any(|&edge| ip == IpAddr::V4(edge))
 }
 
 /// The lowest address of the pool that nobody has; networks end in neither 0 nor 255.
@@ -355,6 +453,13 @@ mod tests {
     }
 
     #[test]
+    fn a_network_is_no_host() {
+        assert!(is_pool_edge("10.77.0.0".parse().unwrap()));
+        assert!(is_pool_edge("10.77.255.255".parse().unwrap()));
+        assert!(!is_pool_edge("10.77.1.0".parse().unwrap()));
+    }
+
+    #[test]
     fn names_stay_in_their_directory() {
         assert!(is_name("web-1.a_b"));
         for bad in ["", ".", "..", "a/b", "a b", "\u{e9}", &"x".repeat(64)] {
@@ -366,10 +471,13 @@ mod tests {
     fn a_directory_has_one_router() {
         let dir = std::env::temp_dir().join(format!("ff-admin-{}", std::process::id()));
         let dir = RuntimeDir::at(dir);
-        let first = take(&dir).unwrap();
-        assert!(matches!(take(&dir), Err(RouterError::AlreadyServed { .. })));
+        let first = take(&dir, Duration::ZERO).unwrap();
+        let second = take(&dir, Duration::ZERO);
+        assert!(matches!(second, Err(RouterError::AlreadyServed { .. })));
+        let heir = dir.clone();
+        let patient = std::thread::spawn(move || take(&heir, Duration::from_secs(60)));
         drop(first);
-        drop(take(&dir).unwrap());
+        drop(patient.join().unwrap().unwrap());
         std::fs::remove_dir_all(dir.path()).unwrap();
     }
 }

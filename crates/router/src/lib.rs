@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+mod bridges;
 mod control;
 mod data;
 mod engine;
@@ -25,6 +26,7 @@ mod table;
 mod watch;
 
 pub use admin::Admin;
+pub use bridges::MakeBridge;
 
 use std::collections::HashMap;
 use std::io;
@@ -35,7 +37,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use freeflow_api::RouterStatus;
+use freeflow_api::{RouterStatus, RuntimeDir};
 use freeflow_session::Handle;
 use freeflow_types::{DeviceLimits, VirtualIp};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -104,7 +106,7 @@ pub enum RouterError {
         name: String,
     },
     /// Not an address that an endpoint may own.
-    #[error("{ip} is not a unicast address that an endpoint can own")]
+    #[error("{ip} is not an address that an endpoint can own; choose a unicast address with --ip")]
     BadAddress {
         /// The address.
         ip: VirtualIp,
@@ -127,6 +129,29 @@ pub enum RouterError {
         /// The directory.
         dir: PathBuf,
     },
+    /// The runtime directory is another user's.
+    #[error("runtime directory {} belongs to user {owner}; choose another with --runtime-dir", dir.display())]
+    NotOurs {
+        /// The directory.
+        dir: PathBuf,
+        /// Its owner.
+        owner: u32,
+    },
+    /// The endpoint has a program with a private network.
+    #[error("endpoint \"{name}\" is attached to its network already")]
+    AttachedAlready {
+        /// The name.
+        name: String,
+    },
+    /// The request needs exactly one descriptor.
+    #[error("the request comes with {got} descriptors, not with one of a network namespace")]
+    NoNamespace {
+        /// How many came.
+        got: usize,
+    },
+    /// The system refused a private network.
+    #[error(transparent)]
+    Network(#[from] freeflow_network::NetworkError),
     /// The router's tables are full.
     #[error("the router has no room for another endpoint")]
     TooMany,
@@ -265,6 +290,11 @@ impl Router {
         Ok(())
     }
 
+    /// Tenant of an endpoint.
+    pub(crate) fn tenant(&self, endpoint: &str) -> Option<String> {
+        self.shared.with(|engine| engine.tenant(endpoint))
+    }
+
     /// Removes an endpoint: its sessions end, its socket is gone, its address is free.
     pub fn remove_endpoint(&self, name: &str) -> Result<(), RouterError> {
         let Some((handle, socket)) = self.endpoints().remove(name) else {
@@ -322,8 +352,22 @@ fn listen(path: &std::path::Path) -> io::Result<OwnedFd> {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
         _ => {}
     }
-    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    rustix::net::bind(&socket, &address(path)?)?;
     std::fs::set_permissions(path, PermissionsExt::from_mode(0o600))?;
     rustix::net::listen(&socket, BACKLOG)?;
     Ok(socket)
+}
+
+/// A socket's address; a path that is too long for one is an error that says so.
+fn address(path: &std::path::Path) -> io::Result<SocketAddrUnix> {
+    SocketAddrUnix::new(path).map_err(|e| match RuntimeDir::excess(path) {
+        Some(bytes) => io::Error::new(
+            io::ErrorKind::InvalidFilename,
+            format!(
+                "its path is {bytes} bytes too long for a socket; choose a shorter runtime \
+                 directory (--runtime-dir) or name"
+            ),
+        ),
+        None => e.into(),
+    })
 }

@@ -60,6 +60,12 @@ impl Engine {
         Ok(handle)
     }
 
+    /// Tenant of an endpoint.
+    pub(crate) fn tenant(&self, endpoint: &str) -> Option<String> {
+        let (_, found) = self.endpoints.iter().find(|(_, e)| e.name == endpoint)?;
+        Some(found.tenant_name.clone())
+    }
+
     /// Removes an endpoint and ends its sessions.
     pub(crate) fn remove_endpoint(&mut self, endpoint: Handle) {
         let of = |(h, s): (Handle, &Session)| (s.endpoint == endpoint).then_some(h);
