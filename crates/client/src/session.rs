@@ -217,8 +217,16 @@ fn region(mapping: &Arc<Mapping>, at: &RingLocation) -> Result<Region, Errno> {
 fn complain(path: &std::path::Path, errno: Errno) {
     static SAID: std::sync::Once = std::sync::Once::new();
     SAID.call_once(|| {
+        let advice = match errno {
+            Errno::NOENT | Errno::CONNREFUSED => "; is its router running?",
+            Errno::ACCESS => "; is it another user's?",
+            Errno::MFILE => "; raise this program's or the router's limit of open files",
+            Errno::IO => ": the router refused it",
+            Errno::PROTONOSUPPORT => ": the router is of another release",
+            _ => "",
+        };
         let line = format!(
-            "freeflow: no RDMA device: cannot open a session at {}: {errno}; is its router running?\n",
+            "freeflow: no RDMA device: cannot open a session at {}: {errno}{advice}\n",
             path.display()
         );
         eprint!("{line}");

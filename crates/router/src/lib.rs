@@ -40,6 +40,7 @@ use std::time::Duration;
 use freeflow_api::{RouterStatus, RuntimeDir};
 use freeflow_session::Handle;
 use freeflow_types::{DeviceLimits, VirtualIp};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::foreign::Opener;
@@ -277,6 +278,12 @@ impl Router {
         let mut endpoints = self.endpoints();
         let handle = self.shared.with(|engine| engine.add_endpoint(&spec))?;
         let served = listen(&spec.socket)
+            .map_err(|e| match Errno::from_io_error(&e) {
+                Some(Errno::MFILE) => io::Error::other(
+                    "the router has no descriptor left; start it with a higher limit (ulimit -n)",
+                ),
+                _ => e,
+            })
             .and_then(|socket| self.listeners.add(handle, socket).map_err(io::Error::from));
         if let Err(source) = served {
             self.shared.with(|engine| engine.remove_endpoint(handle));

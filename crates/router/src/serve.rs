@@ -228,6 +228,8 @@ pub(crate) struct Server {
     shared: Arc<Shared>,
     epoll: OwnedFd,
     stop: OwnedFd,
+    /// Given up to refuse a connection when there are no descriptors left.
+    reserve: Option<OwnedFd>,
     listeners: Arc<Mutex<HashMap<u32, OwnedFd>>>,
     connections: HashMap<RawFd, Connection>,
     buffer: Vec<u8>,
@@ -301,6 +303,7 @@ impl Server {
         Ok((
             Server {
                 shared,
+                reserve: epoll.try_clone().ok(),
                 epoll,
                 stop,
                 listeners,
@@ -351,8 +354,16 @@ impl Server {
             return;
         };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let Ok(socket) = rustix::net::accept_with(listener, flags) else {
-            return;
+        let socket = match rustix::net::accept_with(listener, flags) {
+            Ok(socket) => socket,
+            Err(Errno::MFILE | Errno::NFILE) => {
+                // Left to wait, it would be found ready again and again.
+                self.reserve = None;
+                drop(rustix::net::accept_with(listener, flags));
+                self.reserve = self.epoll.try_clone().ok();
+                return;
+            }
+            Err(_) => return,
         };
         drop(listeners);
         let silent = self
