@@ -5,13 +5,15 @@
 
 mod bed;
 mod machine;
+mod place;
 mod port;
 mod process;
 
 pub use bed::{Bed, Endpoint, dist};
 pub use machine::{TcpPair, have, is_root, program, skip};
-pub use port::{free_port, wait_for_listener};
-pub use process::{Ended, Running};
+pub use place::Place;
+pub use port::{free_port, wait_for_listener, wait_for_listener_of};
+pub use process::{Ended, Running, descendants, wait_until};
 
 use std::time::Duration;
 

@@ -4,6 +4,8 @@ use std::net::TcpListener;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::{Running, descendants};
+
 /// Below the range from which the kernel takes ports of outgoing connections.
 const FIRST: u16 = 11_000;
 const SPAN: u16 = 20_000;
@@ -27,7 +29,7 @@ pub fn free_port() -> u16 {
 pub fn wait_for_listener(port: u16, deadline: Duration, mut alive: impl FnMut() -> bool) -> bool {
     let until = Instant::now() + deadline;
     while Instant::now() < until && alive() {
-        if is_listening(port) {
+        if is_listening("/proc/self", port) {
             return true;
         }
         std::thread::sleep(Duration::from_millis(5));
@@ -35,20 +37,42 @@ pub fn wait_for_listener(port: u16, deadline: Duration, mut alive: impl FnMut() 
     false
 }
 
-fn is_listening(port: u16) -> bool {
+/// Waits until a process, or one that it started, is in a network namespace where somebody
+/// listens on a TCP port; false as for [`wait_for_listener`].
+pub fn wait_for_listener_of(running: &mut Running, port: u16, deadline: Duration) -> bool {
+    let until = Instant::now() + deadline;
+    while Instant::now() < until && running.is_alive() {
+        let mut family = descendants(running.pid());
+        // Its own namespace is the test's.
+        family.retain(|&pid| pid != running.pid());
+        let found = family.iter().any(|pid| {
+            let listens = is_listening(&format!("/proc/{pid}"), port);
+            listens && network_of(*pid).is_some_and(|of| Some(of) != network_of(running.pid()))
+        });
+        if found {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    false
+}
+
+fn network_of(pid: u32) -> Option<std::path::PathBuf> {
+    std::fs::read_link(format!("/proc/{pid}/ns/net")).ok()
+}
+
+fn is_listening(process: &str, port: u16) -> bool {
     const LISTEN: &str = "0A";
     let wanted = format!(":{port:04X}");
-    ["/proc/net/tcp", "/proc/net/tcp6"]
-        .into_iter()
-        .any(|table| {
-            std::fs::read_to_string(table)
-                .unwrap_or_default()
-                .lines()
-                .skip(1)
-                .any(|line| {
-                    let mut fields = line.split_ascii_whitespace().skip(1);
-                    let local = fields.next().unwrap_or_default();
-                    local.ends_with(&wanted) && fields.nth(1) == Some(LISTEN)
-                })
-        })
+    ["tcp", "tcp6"].into_iter().any(|table| {
+        std::fs::read_to_string(format!("{process}/net/{table}"))
+            .unwrap_or_default()
+            .lines()
+            .skip(1)
+            .any(|line| {
+                let mut fields = line.split_ascii_whitespace().skip(1);
+                let local = fields.next().unwrap_or_default();
+                local.ends_with(&wanted) && fields.nth(1) == Some(LISTEN)
+            })
+    })
 }

@@ -234,6 +234,40 @@ impl Drop for Running {
     }
 }
 
+/// A process and those that it started, as far as they live.
+pub fn descendants(root: u32) -> Vec<u32> {
+    let mut all = vec![root];
+    let mut next = 0;
+    while let Some(pid) = all.get(next) {
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        let children: Vec<u32> = threads
+            .filter_map(|t| std::fs::read_to_string(t.path().join("children")).ok())
+            .flat_map(|list| {
+                let pids = list.split_ascii_whitespace().map(str::parse);
+                pids.flatten().collect::<Vec<_>>()
+            })
+            .collect();
+        all.extend(children);
+        next += 1;
+    }
+    all
+}
+
+/// Waits until something is so, by asking again and again; an error at the deadline.
+pub fn wait_until(what: &str, deadline: Duration, mut is_so: impl FnMut() -> bool) -> Result<()> {
+    let until = Instant::now() + deadline;
+    while !is_so() {
+        if Instant::now() > until {
+            bail!("after {deadline:?}, not yet: {what}");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
