@@ -267,6 +267,38 @@ fn one_of_many_starts_the_router_and_the_last_ends_it() {
 }
 
 #[test]
+fn an_endpoint_is_free_when_its_program_has_ended() {
+    let place = Place::ordinary().unwrap();
+    let again = format!(
+        "{} run --name one --ip 10.77.0.1 -- true",
+        place.binary().display()
+    );
+    let script = format!("for i in 1 2 3 4 5 6 7 8; do {again} || exit; done");
+    let mut shell = place.program("/bin/sh");
+    let ended = Running::start(shell.args(["-c", &script])).unwrap();
+    let ended = ended.wait(DEADLINE).unwrap().success().unwrap();
+    assert_eq!(ended.stderr, "");
+}
+
+#[test]
+fn an_endpoint_that_was_replaced_does_not_end_with_the_first() {
+    let place = Place::ordinary().unwrap();
+    let router = Running::start(&mut place.freeflow(["router"])).unwrap();
+    router.wait_for("router serves", DEADLINE).unwrap();
+    let command = run(
+        &["--name", "one"],
+        &["sh", "-c", "echo ready; exec sleep 1000"],
+    );
+    let first = Running::start(&mut place.freeflow(command)).unwrap();
+    first.wait_for("ready", DEADLINE).unwrap();
+    place.clean(&["endpoint", "rm", "one"]).unwrap();
+    place.clean(&["endpoint", "create", "one"]).unwrap();
+    first.signal(Signal::TERM);
+    assert_eq!(first.wait(DEADLINE).unwrap().code(), 128 + 15);
+    place.clean(&["endpoint", "inspect", "one"]).unwrap();
+}
+
+#[test]
 fn a_router_that_is_about_to_end_is_replaced() {
     let place = Place::ordinary().unwrap();
     // Its last endpoint is gone for just about as long as it waits for another.

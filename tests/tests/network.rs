@@ -80,15 +80,14 @@ fn endpoints_of_a_tenant_reach_each_other_whatever_their_addresses() {
     for place in places("addresses of private networks") {
         for (a, b) in [
             ("10.77.0.1", "10.77.200.7"),
-            ("10.77.0.1", "192.168.3.255"),
+            ("10.77.0.3", "192.168.3.255"),
             ("fd77::1", "fd77::2"),
-            ("fd77::1", "2001:db8::9"),
+            ("fd77::3", "2001:db8::9"),
         ] {
-            let there = start(&place, &["--ip", a], "exec sleep 1000");
+            let _there = start(&place, &["--ip", a], "exec sleep 1000");
             // Somebody answered that there is no such port.
             let said = connect(&place, &["--ip", b], a);
             assert!(said.stderr.contains("refused"), "{b} to {a}: {said}");
-            drop(there);
         }
     }
 }

@@ -7,7 +7,7 @@ use std::process::{Child, Command, ExitCode, ExitStatus};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use freeflow_api::{NewEndpoint, RuntimeDir};
+use freeflow_api::{NewEndpoint, Operation, RuntimeDir};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
@@ -80,8 +80,12 @@ pub(crate) fn run(dir: &RuntimeDir, args: &RunArgs) -> Result<ExitCode> {
     // What was told once is not told again.
     let status = wait(&mut child, obstacle.is_none().then_some(&injection))?;
     forwarder.close();
-    // Dropping the connection removes the endpoint.
-    drop(endpoint.client);
+    // The end of the connection would do, but whoever comes next is to find the address free. A
+    // router that is gone has removed it.
+    let name = endpoint.name;
+    let _ = endpoint
+        .client
+        .tell(Operation::RemoveEndpoint { name }, &[]);
     Ok(exit_code(status).into())
 }
 

@@ -1,6 +1,6 @@
 //! The control socket: creating, listing and removing endpoints.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, OwnedFd};
@@ -58,7 +58,9 @@ pub struct Admin {
 }
 
 struct State {
-    endpoints: HashSet<String>,
+    /// Endpoints by name, with the number of their creation.
+    endpoints: HashMap<String, u64>,
+    created: u64,
     /// Endpoints that are being created.
     coming: usize,
     /// When the last endpoint went, or the router came.
@@ -99,7 +101,8 @@ impl Admin {
             connections: AtomicUsize::new(0),
             turn: Mutex::default(),
             state: Mutex::new(State {
-                endpoints: HashSet::new(),
+                endpoints: HashMap::new(),
+                created: 0,
                 coming: 0,
                 since: Instant::now(),
                 had_any: false,
@@ -172,8 +175,8 @@ impl Admin {
         drop(self.turn());
         let _ = std::fs::remove_file(self.dir.control_socket());
         let endpoints = self.state().endpoints.clone();
-        for name in endpoints {
-            let _ = self.remove(&name);
+        for (name, number) in endpoints {
+            let _ = self.remove(&name, Some(number));
         }
         // The next router need not wait for this one's threads.
         let _ = rustix::fs::flock(&self.lock, FlockOperation::Unlock);
@@ -243,8 +246,8 @@ impl Admin {
                 break;
             }
         }
-        for name in ephemeral {
-            let _ = self.remove(&name);
+        for (name, number) in ephemeral {
+            let _ = self.remove(&name, Some(number));
         }
     }
 
@@ -252,13 +255,17 @@ impl Admin {
         &self,
         operation: Operation,
         fds: &[OwnedFd],
-        ephemeral: &mut Vec<String>,
+        ephemeral: &mut Vec<(String, u64)>,
     ) -> ControlAnswer {
         let done = |result: Result<(), RouterError>| result.map(|()| ControlAnswer::Done);
         let result = match operation {
             Operation::Status => Ok(ControlAnswer::Status(self.router.status())),
             Operation::CreateEndpoint(new) => self.create(new, ephemeral),
-            Operation::RemoveEndpoint { name } => done(self.remove(&name)),
+            Operation::RemoveEndpoint { name } => {
+                // Whoever created one means that one.
+                let own = ephemeral.iter().find(|(of, _)| *of == name);
+                done(self.remove(&name, own.map(|&(_, number)| number)))
+            }
             Operation::AttachNetwork { name } => done(self.attach(&name, fds)),
         };
         result.unwrap_or_else(|e| ControlAnswer::Error(e.to_string()))
@@ -267,7 +274,7 @@ impl Admin {
     fn create(
         &self,
         new: NewEndpoint,
-        ephemeral: &mut Vec<String>,
+        ephemeral: &mut Vec<(String, u64)>,
     ) -> Result<ControlAnswer, RouterError> {
         let _turn = self.turn();
         {
@@ -284,9 +291,11 @@ impl Admin {
         state.since = Instant::now();
         let (name, ip, socket) = created?;
         state.had_any = true;
-        state.endpoints.insert(name.clone());
+        state.created += 1;
+        let number = state.created;
+        state.endpoints.insert(name.clone(), number);
         if ends_with_us {
-            ephemeral.push(name.clone());
+            ephemeral.push((name.clone(), number));
         }
         Ok(ControlAnswer::Created { name, ip, socket })
     }
@@ -341,8 +350,16 @@ impl Admin {
         self.bridges.attach(name, &tenant, namespace.as_fd())
     }
 
-    fn remove(&self, name: &str) -> Result<(), RouterError> {
+    /// Removes an endpoint; with a number, only if it is that one and not a later one that has
+    /// its name.
+    fn remove(&self, name: &str, number: Option<u64>) -> Result<(), RouterError> {
         let _turn = self.turn();
+        let found = self.state().endpoints.get(name).copied();
+        if found.is_none() || number.is_some() && found != number {
+            return Err(RouterError::NoEndpoint {
+                name: name.to_owned(),
+            });
+        }
         self.router.remove_endpoint(name)?;
         self.bridges.detach(name);
         let _ = std::fs::remove_dir_all(self.dir.sysfs(name));
