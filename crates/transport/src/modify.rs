@@ -95,14 +95,16 @@ fn masks(qp: QpType, from: QpState, to: QpState) -> Option<(Mask, Mask)> {
         (Rts, Sqd) => (NONE, Mask::EN_SQD_ASYNC_NOTIFY),
         (Sqd, Sqd) if ud => (NONE, Mask::PKEY_INDEX | Mask::QKEY),
         (Sqd, Sqd) => {
-            let timing = Mask::TIMEOUT | Mask::RETRY_CNT | Mask::RNR_RETRY | Mask::PORT;
-            let depth = Mask::MAX_QP_RD_ATOMIC | Mask::MAX_DEST_RD_ATOMIC;
-            let more = if requests {
-                timing | depth | rnr_timer
-            } else {
-                NONE
-            };
-            (NONE, Mask::AV | Mask::PKEY_INDEX | PATH | more)
+            let requester = Mask::RETRY_CNT | Mask::RNR_RETRY | Mask::MAX_QP_RD_ATOMIC;
+            let both = Mask::TIMEOUT | Mask::PORT;
+            let mut optional = Mask::AV | Mask::PKEY_INDEX | PATH;
+            if requests {
+                optional |= both | requester;
+            }
+            if responds {
+                optional |= both | RESPOND;
+            }
+            (NONE, optional)
         }
         (Sqe, Rts) if ud => (NONE, Mask::CUR_STATE | Mask::QKEY),
         (Sqe, Rts) if uc => (NONE, Mask::CUR_STATE | Mask::ACCESS_FLAGS),
@@ -314,6 +316,24 @@ mod tests {
         assert_eq!(rc(Rtr, Rts, rts), Ok(Rts));
         assert!(rc(Reset, Rtr, rtr).is_err());
         assert!(rc(Init, Rts, rts).is_err());
+    }
+
+    #[test]
+    fn each_side_of_xrc_has_its_half_of_a_reliable_connections_attributes() {
+        let responder = RESPOND | Mask::TIMEOUT | Mask::PORT;
+        let requester =
+            Mask::TIMEOUT | Mask::PORT | Mask::RETRY_CNT | Mask::RNR_RETRY | Mask::MAX_QP_RD_ATOMIC;
+        let common = Mask::AV | Mask::PKEY_INDEX | PATH;
+        let drained = |qp| masks(qp, QpState::Sqd, QpState::Sqd);
+        assert_eq!(drained(QpType::XrcRecv), Some((NONE, common | responder)));
+        assert_eq!(drained(QpType::XrcSend), Some((NONE, common | requester)));
+        let both = common | responder | requester;
+        assert_eq!(drained(QpType::Rc), Some((NONE, both)));
+        assert_eq!(drained(QpType::Uc), Some((NONE, common)));
+        let running = |qp| masks(qp, QpState::Rtr, QpState::Rts).unwrap();
+        assert_eq!(running(QpType::XrcRecv).0, Mask::TIMEOUT | Mask::SQ_PSN);
+        assert!(running(QpType::XrcRecv).1.contains(Mask::MIN_RNR_TIMER));
+        assert!(!running(QpType::XrcSend).1.contains(Mask::MIN_RNR_TIMER));
     }
 
     #[test]
