@@ -1,19 +1,20 @@
-//! Which queue pairs of a session have new work, and whether the router sleeps.
+//! Which queues of a session have new work, and whether the router sleeps.
 //!
-//! A three-level bitmap: a poster sets its queue pair's bit in a leaf, the leaf's bit in a
+//! A three-level bitmap: a poster sets its queue's bit in a leaf, the leaf's bit in a
 //! summary and the summary's bit in the top word; the router reads one word per session when
 //! there is nothing to do, and never scans idle queues.
 
 use crate::sync::{AtomicU64, Ordering, fence};
 
-/// Queue pairs that a session's map has room for.
-pub const MAX_SLOTS: u32 = 65_536;
+/// Queues that a session's map has room for: queue pairs and shared receive queues.
+pub const MAX_SLOTS: u32 = 131_072;
 
 const NEED_WAKE: usize = 0;
 const TOP: usize = 8;
 const SUMMARY: usize = 16;
 const SUMMARIES: usize = (MAX_SLOTS / 64 / 64) as usize;
 const LEAF: usize = 64;
+const _: () = assert!(SUMMARIES <= 64 && SUMMARY + SUMMARIES <= LEAF);
 const LEAVES: usize = (MAX_SLOTS / 64) as usize;
 
 /// View of a session's dirty map.

@@ -4,7 +4,7 @@
 //!
 //! * [`Mapping`] (unsafe inside) maps a sealed memfd and lends it as `&[AtomicU64]`; every
 //!   access through that slice is bounds-checked and free of data races by type.
-//! * the ring views ([`QpRings`], [`CqRing`], [`DirtyMap`]) are safe code over such slices, so
+//! * the ring views ([`QpRings`], [`SrqRing`], [`CqRing`], [`DirtyMap`]) are safe code over such slices, so
 //!   that loom checks the very code that runs.
 //!
 //! The peer of every word is hostile: an index is reduced modulo the ring before use, a distance
@@ -13,6 +13,7 @@
 mod cq;
 mod dirty;
 mod qp;
+mod srq;
 mod sync;
 mod wqe;
 
@@ -26,6 +27,7 @@ mod packet;
 pub use cq::{ARM_ANY, ARM_SOLICITED, CqRing};
 pub use dirty::{DirtyMap, MAX_SLOTS};
 pub use qp::{QpGeometry, QpRings};
+pub use srq::{SrqGeometry, SrqRing};
 pub use sync::AtomicU64;
 pub use wqe::{CompletionEntry, RecvEntry, SendEntry, Sge};
 

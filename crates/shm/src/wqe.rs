@@ -63,6 +63,8 @@ pub struct SendEntry {
     pub compare_add: u64,
     /// Atomics: swap operand.
     pub swap: u64,
+    /// XRC: the shared receive queue that is meant.
+    pub remote_srqn: u32,
     /// Datagrams: destination.
     pub av: AddressVector,
     /// Datagrams: destination QP.
@@ -105,6 +107,9 @@ impl SendEntry {
             store(words, 3, self.remote_addr);
             store(words, 4, self.compare_add);
             store(words, 5, self.swap);
+            if qp == QpType::XrcSend {
+                store(words, 6, self.remote_srqn.into());
+            }
         }
     }
 
@@ -143,6 +148,9 @@ impl SendEntry {
             entry.remote_addr = load(words, 3);
             entry.compare_add = load(words, 4);
             entry.swap = load(words, 5);
+            if qp == QpType::XrcSend {
+                entry.remote_srqn = low(load(words, 6));
+            }
         }
         entry
     }
@@ -263,11 +271,13 @@ pub struct CompletionEntry {
     pub qpn: u32,
     /// Datagrams: the sender's QP.
     pub src_qp: u32,
-    /// The QP's slot in the session.
+    /// The QP's slot in the session; [`CompletionEntry::SHARED`] if a shared receive queue gave
+    /// the request.
     pub slot: u32,
     /// Whether a send request completed (else a receive request).
     pub is_send: bool,
-    /// Index behind the work request in its ring: all before it are done.
+    /// Index behind the work request in its ring: all before it are done. Of a shared receive
+    /// queue, whose slots are free as soon as they are taken, its handle instead.
     pub retired: u64,
     /// Nanoseconds of the monotonic clock.
     pub timestamp: u64,
@@ -278,6 +288,9 @@ pub struct CompletionEntry {
 impl CompletionEntry {
     /// Words of an entry.
     pub const WORDS: usize = 8;
+
+    /// No queue pair's slot.
+    pub const SHARED: u32 = u32::MAX;
 
     pub(crate) fn store(&self, words: &[AtomicU64]) {
         let kind = u32::from(self.status)
@@ -374,6 +387,9 @@ mod tests {
                 remote_addr, compare_add, swap, ..SendEntry::default() };
             entry.store(QpType::Rc, &words);
             prop_assert_eq!(SendEntry::load(QpType::Rc, &words), entry);
+            let entry = SendEntry { remote_srqn: imm, ..entry };
+            entry.store(QpType::XrcSend, &words);
+            prop_assert_eq!(SendEntry::load(QpType::XrcSend, &words), entry);
         }
 
         #[test]

@@ -359,6 +359,12 @@ pub struct DeviceLimits {
     pub max_mcast_grp: u32,
     /// Queue pairs attached to one multicast group.
     pub max_mcast_qp_attach: u32,
+    /// Shared receive queues of a session.
+    pub max_srq: u32,
+    /// Work requests of a shared receive queue.
+    pub max_srq_wr: u32,
+    /// XRC domains that a session has open.
+    pub max_xrcd: u32,
 }
 
 impl Default for DeviceLimits {
@@ -378,6 +384,9 @@ impl Default for DeviceLimits {
             comp_vectors: 1,
             max_mcast_grp: 8192,
             max_mcast_qp_attach: 1024,
+            max_srq: 65_536,
+            max_srq_wr: 16_384,
+            max_xrcd: 65_536,
         }
     }
 }
