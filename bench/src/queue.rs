@@ -31,7 +31,8 @@ impl Device {
         let init = QpInit {
             qp_type: QpType::Rc,
             send_cq: &self.cq,
-            recv_cq: &self.cq,
+            recv_cq: Some(&self.cq),
+            srq: None,
             cap: QpCap {
                 max_send_wr: depth,
                 max_recv_wr: 1,

@@ -34,6 +34,8 @@ pub enum Element {
     Qp(usize),
     /// A completion queue.
     Cq(usize),
+    /// A shared receive queue.
+    Srq(usize),
     /// A port.
     Port(u8),
     /// The device.
@@ -114,6 +116,30 @@ impl Context {
                         AsyncEvent {
                             kind,
                             element: Element::Cq(cq.user),
+                        }
+                    })
+                }
+                Some(Event::Srq(kind, handle)) => {
+                    let srq = unpoisoned(&self.session.srqs)
+                        .get(&handle.0)
+                        .and_then(|s| s.upgrade());
+                    srq.map(|srq| {
+                        srq.asynchronous.delivered();
+                        AsyncEvent {
+                            kind,
+                            element: Element::Srq(srq.user),
+                        }
+                    })
+                }
+                Some(Event::XrcQp(kind, open)) => {
+                    let qp = unpoisoned(&self.session.xrc_qps)
+                        .get(&open.0)
+                        .and_then(|q| q.upgrade());
+                    qp.map(|qp| {
+                        qp.asynchronous.delivered();
+                        AsyncEvent {
+                            kind,
+                            element: Element::Qp(qp.user),
                         }
                     })
                 }

@@ -251,16 +251,29 @@ impl Cq {
 
     /// A queue pair is destroyed or reset: its completions that were not polled are void.
     pub(crate) fn purge(&self, slot: u32, qpn: u32) {
+        // Its receives from a shared queue carry no slot; its number is nobody else's.
+        self.void(|entry| {
+            entry.qpn == qpn && (entry.slot == slot || entry.slot == CompletionEntry::SHARED)
+        });
+    }
+
+    /// As [`Self::purge`], for a shared receive queue of XRC.
+    pub(crate) fn purge_srq(&self, srq: Handle) {
+        self.void(|entry| {
+            entry.slot == CompletionEntry::SHARED && entry.retired == u64::from(srq.0)
+        });
+    }
+
+    fn void(&self, is_gone: impl Fn(&CompletionEntry) -> bool) {
         let mut poller = unpoisoned(&self.poller);
         for entry in &mut poller.carried {
-            entry.void |= entry.slot == slot && entry.qpn == qpn;
+            entry.void |= is_gone(entry);
         }
         let Some(ring) = poller.ring() else { return };
         let mut at = poller.consumed;
         let end = ring.produced();
         while at != end {
-            let entry = ring.read(at);
-            if entry.slot == slot && entry.qpn == qpn {
+            if is_gone(&ring.read(at)) {
                 ring.void(at);
             }
             at += 1;

@@ -17,6 +17,8 @@ mod link;
 mod mr;
 mod qp;
 mod session;
+mod srq;
+mod xrc;
 
 pub use channel::CompChannel;
 pub use context::{AsyncEvent, Context, Element, Pd, device};
@@ -28,3 +30,5 @@ pub use mr::Mr;
 pub use qp::{Qp, QpInit, RecvQueue, SendQueue, SendWr, UdTarget};
 /// An errno value, as the man pages name it.
 pub use rustix::io::Errno;
+pub use srq::{Srq, SrqAttr, SrqQueue};
+pub use xrc::Xrcd;

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use freeflow_session::{CreateQp, Handle, Reply, Request};
+use freeflow_session::{CreateQp, Handle, Reply, Request, XrcQpOpened};
 use freeflow_shm::{QpGeometry, QpRings, RecvEntry, Region, SendEntry, Sge};
 use freeflow_types::{
     AddressVector, Gid, Opcode, QpAttr, QpAttrMask, QpCap, QpState, QpType, SendFlags, WcOpcode,
@@ -14,6 +14,7 @@ use crate::acks::Acks;
 use crate::context::Pd;
 use crate::cq::{Cq, FLUSHED_RECV, load};
 use crate::session::{Retired, Session, unpoisoned};
+use crate::srq::Srq;
 
 /// What a queue pair is to be (`struct ibv_qp_init_attr`).
 #[derive(Clone, Copy, Debug)]
@@ -22,8 +23,10 @@ pub struct QpInit<'a> {
     pub qp_type: QpType,
     /// Where send requests complete.
     pub send_cq: &'a Arc<Cq>,
-    /// Where receive requests complete.
-    pub recv_cq: &'a Arc<Cq>,
+    /// Where receive requests complete; [`QpType::XrcSend`] has none.
+    pub recv_cq: Option<&'a Arc<Cq>>,
+    /// Where receive requests come from, if not from a queue of its own.
+    pub srq: Option<&'a Arc<Srq>>,
     /// Capacities asked for.
     pub cap: QpCap,
     /// Every send request is signaled.
@@ -62,6 +65,8 @@ pub struct SendWr {
     pub swap: u64,
     /// Datagrams: destination.
     pub ud: UdTarget,
+    /// XRC: number of the shared receive queue that is meant.
+    pub remote_srqn: u32,
 }
 
 impl Default for SendWr {
@@ -76,7 +81,43 @@ impl Default for SendWr {
             compare_add: 0,
             swap: 0,
             ud: UdTarget::default(),
+            remote_srqn: 0,
         }
+    }
+}
+
+/// What the router has of a queue pair.
+#[derive(Debug)]
+enum Own {
+    /// All of it.
+    Queues(Box<Queues>),
+    /// An opening of an XRC receive queue pair, which has no queues.
+    Opening(Handle),
+}
+
+#[derive(Debug)]
+struct Queues {
+    handle: Handle,
+    slot: u32,
+    send_cq: Arc<Cq>,
+    recv_cq: Option<Arc<Cq>>,
+    srq: Option<Arc<Srq>>,
+    region: Region,
+    geometry: QpGeometry,
+}
+
+impl Queues {
+    fn purge(&self, qpn: u32) {
+        self.send_cq.purge(self.slot, qpn);
+        if let Some(recv_cq) = &self.recv_cq
+            && !Arc::ptr_eq(&self.send_cq, recv_cq)
+        {
+            recv_cq.purge(self.slot, qpn);
+        }
+    }
+
+    fn rings(&self) -> Result<QpRings<'_>, Errno> {
+        QpRings::new(self.region.words(), self.geometry).ok_or(Errno::IO)
     }
 }
 
@@ -84,15 +125,10 @@ impl Default for SendWr {
 #[derive(Debug)]
 pub struct Qp {
     session: Arc<Session>,
-    handle: Handle,
+    own: Own,
     qpn: u32,
-    slot: u32,
     qp_type: QpType,
     cap: QpCap,
-    send_cq: Arc<Cq>,
-    recv_cq: Arc<Cq>,
-    region: Region,
-    geometry: QpGeometry,
     /// `enum ibv_qp_state`, as the program last set or saw it.
     state: AtomicU32,
     /// Index behind the last request published.
@@ -107,40 +143,48 @@ impl Pd {
     /// Creates a queue pair. `user` is what events name it by.
     pub fn create_qp(self: &Arc<Self>, init: &QpInit<'_>, user: usize) -> Result<Arc<Qp>, Errno> {
         let session = &self.context.session;
+        let mut cap = init.cap;
+        if init.srq.is_some() || init.recv_cq.is_none() {
+            (cap.max_recv_wr, cap.max_recv_sge) = (0, 0);
+        }
         let request = Request::CreateQp(CreateQp {
             pd: self.handle,
             qp_type: init.qp_type,
             send_cq: init.send_cq.handle,
-            recv_cq: init.recv_cq.handle,
-            cap: init.cap,
+            recv_cq: init.recv_cq.map(|cq| cq.handle),
+            srq: init.srq.map(|srq| srq.handle),
+            cap,
             sq_sig_all: init.sq_sig_all,
         });
         let (Reply::Qp(made), fds) = session.call(&request)? else {
             return Err(Errno::PROTO);
         };
         let region = session.ring(&made.ring, fds)?;
-        let cap = &init.cap;
         let geometry = QpGeometry::new(
             cap.max_send_wr,
             cap.max_recv_wr,
             cap.max_send_sge.max(1),
-            cap.max_recv_sge.max(1),
+            cap.max_recv_sge,
             cap.max_inline,
         );
         QpRings::new(region.words(), geometry).ok_or(Errno::PROTO)?;
         let retired = Arc::new(Retired::default());
         session.set_retired(made.slot, Some(retired.clone()));
-        let qp = Arc::new(Qp {
-            session: session.clone(),
+        let queues = Queues {
             handle: made.qp,
-            qpn: made.qpn.get(),
             slot: made.slot,
-            qp_type: init.qp_type,
-            cap: made.cap,
             send_cq: init.send_cq.clone(),
-            recv_cq: init.recv_cq.clone(),
+            recv_cq: init.recv_cq.cloned(),
+            srq: init.srq.cloned(),
             region,
             geometry,
+        };
+        let qp = Arc::new(Qp {
+            session: session.clone(),
+            own: Own::Queues(Box::new(queues)),
+            qpn: made.qpn.get(),
+            qp_type: init.qp_type,
+            cap: made.cap,
             state: AtomicU32::new(QpState::Reset.raw()),
             send: Mutex::new(0),
             recv: Mutex::new(0),
@@ -150,14 +194,35 @@ impl Pd {
         });
         unpoisoned(&session.qps).insert(made.qp.0, Arc::downgrade(&qp));
         init.send_cq.attach(&qp);
-        if !Arc::ptr_eq(init.send_cq, init.recv_cq) {
-            init.recv_cq.attach(&qp);
+        if let Some(recv_cq) = init.recv_cq
+            && !Arc::ptr_eq(init.send_cq, recv_cq)
+        {
+            recv_cq.attach(&qp);
         }
         Ok(qp)
     }
 }
 
 impl Qp {
+    /// An XRC receive queue pair that this process has opened.
+    pub(crate) fn receiver(session: &Arc<Session>, made: &XrcQpOpened, user: usize) -> Arc<Qp> {
+        let qp = Arc::new(Qp {
+            session: session.clone(),
+            own: Own::Opening(made.open),
+            qpn: made.qpn.get(),
+            qp_type: QpType::XrcRecv,
+            cap: QpCap::default(),
+            state: AtomicU32::new(QpState::Reset.raw()),
+            send: Mutex::new(0),
+            recv: Mutex::new(0),
+            retired: Arc::default(),
+            user,
+            asynchronous: Acks::default(),
+        });
+        unpoisoned(&session.xrc_qps).insert(made.open.0, Arc::downgrade(&qp));
+        qp
+    }
+
     /// Its number.
     pub fn qpn(&self) -> u32 {
         self.qpn
@@ -183,22 +248,25 @@ impl Qp {
         self.state.store(state.raw(), Ordering::Relaxed);
     }
 
-    fn rings(&self) -> QpRings<'_> {
-        // Checked when made, and neither side changes.
-        match QpRings::new(self.region.words(), self.geometry) {
-            Some(rings) => rings,
-            None => unreachable!("the ring's memory does not shrink"),
+    /// Its queues. EINVAL: it has none.
+    fn queues(&self) -> Result<&Queues, Errno> {
+        match &self.own {
+            Own::Queues(queues) => Ok(queues),
+            Own::Opening(_) => Err(Errno::INVAL),
         }
     }
 
     /// Modifies attributes (`ibv_modify_qp(3)`).
     pub fn modify(&self, attr: &QpAttr, mask: QpAttrMask) -> Result<(), Errno> {
-        let request = Request::ModifyQp {
-            qp: self.handle,
-            attr: *attr,
-            mask,
-        };
-        self.session.tell(&request)?;
+        let attr = *attr;
+        self.session.tell(&match &self.own {
+            Own::Queues(own) => Request::ModifyQp {
+                qp: own.handle,
+                attr,
+                mask,
+            },
+            &Own::Opening(open) => Request::ModifyXrcQp { open, attr, mask },
+        })?;
         if !mask.contains(QpAttrMask::STATE) {
             return Ok(());
         }
@@ -208,7 +276,9 @@ impl Qp {
             // Release: as a completion's.
             self.retired.send.store(*send, Ordering::Release);
             self.retired.recv.store(*recv, Ordering::Release);
-            self.purge();
+            if let Ok(queues) = self.queues() {
+                queues.purge(self.qpn);
+            }
         }
         self.set_state(attr.state);
         Ok(())
@@ -216,9 +286,11 @@ impl Qp {
 
     /// All attributes as they are (`ibv_query_qp(3)`).
     pub fn query(&self) -> Result<QpAttr, Errno> {
-        let (Reply::QpQueried(now), _) =
-            self.session.call(&Request::QueryQp { qp: self.handle })?
-        else {
+        let request = match &self.own {
+            Own::Queues(own) => Request::QueryQp { qp: own.handle },
+            &Own::Opening(open) => Request::QueryXrcQp { open },
+        };
+        let (Reply::QpQueried(now), _) = self.session.call(&request)? else {
             return Err(Errno::PROTO);
         };
         self.set_state(now.attr.state);
@@ -227,34 +299,36 @@ impl Qp {
 
     /// Attaches it to a multicast group, or detaches it (`ibv_attach_mcast(3)`).
     pub fn multicast(&self, gid: Gid, attach: bool) -> Result<(), Errno> {
-        self.session.tell(&Request::Multicast {
-            qp: self.handle,
-            gid,
-            attach,
-        })
-    }
-
-    fn purge(&self) {
-        self.send_cq.purge(self.slot, self.qpn);
-        if !Arc::ptr_eq(&self.send_cq, &self.recv_cq) {
-            self.recv_cq.purge(self.slot, self.qpn);
-        }
+        let qp = self.queues()?.handle;
+        self.session.tell(&Request::Multicast { qp, gid, attach })
     }
 
     /// Destroys it, when all its events are acknowledged.
     pub fn destroy(&self) -> Result<(), Errno> {
+        match &self.own {
+            Own::Queues(queues) => self.destroy_queues(queues)?,
+            &Own::Opening(open) => {
+                self.session.destroy(&Request::CloseXrcQp { open })?;
+                unpoisoned(&self.session.xrc_qps).remove(&open.0);
+            }
+        }
+        self.asynchronous.wait();
+        Ok(())
+    }
+
+    fn destroy_queues(&self, own: &Queues) -> Result<(), Errno> {
         // Before the router gives the slot to another.
         let mine = Arc::downgrade(&self.retired);
         self.session
-            .destroy(&Request::DestroyQp { qp: self.handle })?;
-        self.purge();
+            .destroy(&Request::DestroyQp { qp: own.handle })?;
+        own.purge(self.qpn);
         {
             let mut all = self
                 .session
                 .retired
                 .write()
                 .unwrap_or_else(std::sync::PoisonError::into_inner);
-            if let Some(slot) = all.get_mut(self.slot as usize)
+            if let Some(slot) = all.get_mut(own.slot as usize)
                 && slot
                     .as_ref()
                     .is_some_and(|r| std::ptr::eq(Arc::as_ptr(r), mine.as_ptr()))
@@ -262,8 +336,7 @@ impl Qp {
                 *slot = None;
             }
         }
-        unpoisoned(&self.session.qps).remove(&self.handle.0);
-        self.asynchronous.wait();
+        unpoisoned(&self.session.qps).remove(&own.handle.0);
         Ok(())
     }
 
@@ -294,8 +367,9 @@ impl Qp {
 
     /// The router is gone: takes the oldest request that would have completed in `cq`.
     pub(crate) fn flush_one(&self, cq: &Cq) -> Option<(u64, WcOpcode)> {
-        let rings = self.rings();
-        if std::ptr::eq(cq, &*self.send_cq) {
+        let queues = self.queues().ok()?;
+        let rings = queues.rings().ok()?;
+        if std::ptr::eq(cq, &*queues.send_cq) {
             let send = unpoisoned(&self.send);
             let at = load(&self.retired.send);
             if at != *send {
@@ -306,7 +380,8 @@ impl Qp {
                 return Some((entry.wr_id, opcode.wc()));
             }
         }
-        if std::ptr::eq(cq, &*self.recv_cq) {
+        let recv_cq = queues.recv_cq.as_ref()?;
+        if queues.srq.is_none() && std::ptr::eq(cq, &**recv_cq) {
             let recv = unpoisoned(&self.recv);
             let at = load(&self.retired.recv);
             if at != *recv {
@@ -358,7 +433,7 @@ impl SendQueue<'_> {
         if self.next - load(&qp.retired.send) >= qp.cap.max_send_wr.into() {
             return Err(Errno::NOMEM);
         }
-        let rings = qp.rings();
+        let rings = qp.queues()?.rings()?;
         let slot = rings.send_slot(self.next);
         let entry = SendEntry {
             wr_id: wr.wr_id,
@@ -374,6 +449,7 @@ impl SendQueue<'_> {
             av: wr.ud.av,
             remote_qpn: wr.ud.qpn,
             remote_qkey: wr.ud.qkey,
+            remote_srqn: wr.remote_srqn,
         };
         entry.store(qp.qp_type, slot);
         if inline {
@@ -399,8 +475,12 @@ impl SendQueue<'_> {
     pub fn commit(mut self) {
         if *self.published != self.next {
             *self.published = self.next;
-            self.qp.rings().publish_send(self.next);
-            self.qp.session.mark(self.qp.slot);
+            if let Ok(queues) = self.qp.queues()
+                && let Ok(rings) = queues.rings()
+            {
+                rings.publish_send(self.next);
+                self.qp.session.mark(queues.slot);
+            }
         }
     }
 }
@@ -414,17 +494,20 @@ pub struct RecvQueue<'a> {
 }
 
 impl RecvQueue<'_> {
-    /// Adds a request. EINVAL: the queue pair is in RESET, or there are too many elements;
-    /// ENOMEM: the queue is full.
+    /// Adds a request. EINVAL: the queue pair is in RESET or has no receive queue of its own, or
+    /// there are too many elements; ENOMEM: the queue is full.
     pub fn push(&mut self, wr_id: u64, sges: &[Sge]) -> Result<(), Errno> {
         let qp = self.qp;
-        if qp.state() == QpState::Reset || sges.len() > qp.cap.max_recv_sge as usize {
+        let queues = qp.queues()?;
+        let has_ring = queues.srq.is_none() && queues.recv_cq.is_some();
+        let fits = sges.len() <= qp.cap.max_recv_sge as usize;
+        if !has_ring || !fits || qp.state() == QpState::Reset {
             return Err(Errno::INVAL);
         }
         if self.next - load(&qp.retired.recv) >= qp.cap.max_recv_wr.into() {
             return Err(Errno::NOMEM);
         }
-        RecvEntry::store(wr_id, sges, qp.rings().recv_slot(self.next));
+        RecvEntry::store(wr_id, sges, queues.rings()?.recv_slot(self.next));
         self.next += 1;
         Ok(())
     }
@@ -433,8 +516,11 @@ impl RecvQueue<'_> {
     pub fn commit(mut self) {
         if *self.published != self.next {
             *self.published = self.next;
-            if self.qp.rings().publish_recv(self.next) {
-                self.qp.session.mark(self.qp.slot);
+            if let Ok(queues) = self.qp.queues()
+                && let Ok(rings) = queues.rings()
+                && rings.publish_recv(self.next)
+            {
+                self.qp.session.mark(queues.slot);
             }
         }
     }

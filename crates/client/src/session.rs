@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use crate::cq::Cq;
 use crate::link::Link;
 use crate::qp::Qp;
+use crate::srq::Srq;
 
 /// Names the endpoint's socket; `freeflow run` sets it.
 const SOCKET_VARIABLE: &str = "FREEFLOW_ENDPOINT";
@@ -42,6 +43,9 @@ pub(crate) struct Session {
     pub(crate) retired: RwLock<Vec<Option<Arc<Retired>>>>,
     pub(crate) cqs: Mutex<HashMap<u32, Weak<Cq>>>,
     pub(crate) qps: Mutex<HashMap<u32, Weak<Qp>>>,
+    /// XRC receive queue pairs by their opening.
+    pub(crate) xrc_qps: Mutex<HashMap<u32, Weak<Qp>>>,
+    pub(crate) srqs: Mutex<HashMap<u32, Weak<Srq>>>,
     /// Empty polls after which a poller yields its processor.
     pub(crate) yield_after: u32,
 }
@@ -116,6 +120,8 @@ impl Session {
             retired: RwLock::default(),
             cqs: Mutex::default(),
             qps: Mutex::default(),
+            xrc_qps: Mutex::default(),
+            srqs: Mutex::default(),
             // With a core for everybody, yielding only costs the poller time.
             yield_after: if cores > 4 { 2000 } else { 20 },
         })

@@ -15,11 +15,13 @@ use rustix::io::Errno;
 use crate::engine::Engine;
 use crate::memory::Range;
 use crate::objects::{
-    Backing, Channel, Context, Cq, Mr, Pd, Piece, QpObject, Session, Waiting, bytes_of_words,
+    Backing, Channel, Context, Cq, Mr, Pd, Piece, QpObject, Rings, Session, Slot, Waiting,
+    bytes_of_words,
 };
+use crate::table::NONE;
 
 /// QPNs that were freed lately and are not given again.
-const QPNS_AT_REST: usize = 4096;
+pub(crate) const QPNS_AT_REST: usize = 4096;
 
 /// An answer and the descriptors beside it.
 pub(crate) struct Answer {
@@ -29,20 +31,20 @@ pub(crate) struct Answer {
 
 /// Memory of a new ring: the range, its view, what the library must know, and the slab if it is
 /// new to it.
-struct Ring {
-    range: Range,
-    region: Region,
-    location: RingLocation,
-    fds: Vec<Arc<OwnedFd>>,
+pub(crate) struct Ring {
+    pub(crate) range: Range,
+    pub(crate) region: Region,
+    pub(crate) location: RingLocation,
+    pub(crate) fds: Vec<Arc<OwnedFd>>,
 }
 
-type Outcome = Result<(Reply, Vec<Arc<OwnedFd>>), Errno>;
+pub(crate) type Outcome = Result<(Reply, Vec<Arc<OwnedFd>>), Errno>;
 
-fn done() -> Outcome {
+pub(crate) fn done() -> Outcome {
     Ok((Reply::Done, Vec::new()))
 }
 
-fn created(handle: Handle, fd: Option<OwnedFd>) -> Outcome {
+pub(crate) fn created(handle: Handle, fd: Option<OwnedFd>) -> Outcome {
     Ok((
         Reply::Created(handle),
         fd.into_iter().map(Arc::new).collect(),
@@ -126,10 +128,22 @@ impl Engine {
                 }
                 done()
             }
+            Request::CreateSrq(request) => self.create_srq(session, &request),
+            Request::ModifySrq(request) => self.modify_srq(session, &request),
+            Request::QuerySrq { srq } => self.query_srq(session, srq),
+            Request::DestroySrq { srq } => self.destroy_srq(session, srq),
+            Request::OpenXrcd(request) => self.open_xrcd(session, &request),
+            Request::CloseXrcd { xrcd } => self.close_xrcd(session, xrcd),
+            Request::OpenXrcQp(request) => self.open_xrc_qp(session, &request),
+            Request::ModifyXrcQp { open, attr, mask } => {
+                self.modify_xrc_qp(session, open, &attr, mask)
+            }
+            Request::QueryXrcQp { open } => self.query_xrc_qp(session, open),
+            Request::CloseXrcQp { open } => self.close_xrc_qp(session, open),
         }
     }
 
-    fn session_mut(&mut self, session: Handle) -> Result<&mut Session, Errno> {
+    pub(crate) fn session_mut(&mut self, session: Handle) -> Result<&mut Session, Errno> {
         self.sessions.get_mut(session).ok_or(Errno::INVAL)
     }
 
@@ -140,14 +154,14 @@ impl Engine {
             .ok_or(Errno::INVAL)
     }
 
-    fn own_pd(&mut self, session: Handle, pd: Handle) -> Result<&mut Pd, Errno> {
+    pub(crate) fn own_pd(&mut self, session: Handle, pd: Handle) -> Result<&mut Pd, Errno> {
         self.pds
             .get_mut(pd)
             .filter(|p| p.session == session)
             .ok_or(Errno::INVAL)
     }
 
-    fn own_cq(&mut self, session: Handle, cq: Handle) -> Result<&mut Cq, Errno> {
+    pub(crate) fn own_cq(&mut self, session: Handle, cq: Handle) -> Result<&mut Cq, Errno> {
         self.cqs
             .get_mut(cq)
             .filter(|c| c.session == session)
@@ -161,7 +175,7 @@ impl Engine {
             .ok_or(Errno::INVAL)
     }
 
-    fn own_context(&self, session: Handle, context: Handle) -> Result<(), Errno> {
+    pub(crate) fn own_context(&self, session: Handle, context: Handle) -> Result<(), Errno> {
         let own = self
             .contexts
             .get(context)
@@ -228,6 +242,10 @@ impl Engine {
         for qp in of(&self.qps, context, |q| q.context) {
             self.remove_qp(qp);
         }
+        for srq in of(&self.srqs, context, |s| s.context) {
+            self.remove_srq(srq);
+        }
+        self.remove_xrc_of(context);
         for cq in of(&self.cqs, context, |c| c.context) {
             self.remove_cq(cq);
         }
@@ -412,7 +430,7 @@ impl Engine {
     }
 
     /// Allocates ring memory: the range, its view, and what the library must know.
-    fn alloc_ring(&mut self, session: Handle, len: u64) -> Result<Ring, Errno> {
+    pub(crate) fn alloc_ring(&mut self, session: Handle, len: u64) -> Result<Ring, Errno> {
         let s = self.session_mut(session)?;
         let range = s.slabs.alloc(len)?;
         let mapping = s.slabs.mapping(range.area).ok_or(Errno::NOMEM)?.clone();
@@ -520,12 +538,27 @@ impl Engine {
     }
 
     fn create_qp(&mut self, session: Handle, request: &CreateQp) -> Outcome {
-        if !matches!(request.qp_type, QpType::Rc | QpType::Uc | QpType::Ud) {
-            return Err(Errno::OPNOTSUPP);
+        // The sending side of XRC receives nothing, the receiving side has no queues.
+        let xrc = match request.qp_type {
+            QpType::Rc | QpType::Uc | QpType::Ud => false,
+            QpType::XrcSend => true,
+            QpType::XrcRecv => return Err(Errno::INVAL),
+        };
+        if xrc != request.recv_cq.is_none() || (xrc && request.srq.is_some()) {
+            return Err(Errno::INVAL);
         }
         let context = self.own_pd(session, request.pd)?.context;
-        for cq in [request.send_cq, request.recv_cq] {
+        for cq in [Some(request.send_cq), request.recv_cq]
+            .into_iter()
+            .flatten()
+        {
             if self.own_cq(session, cq)?.context != context {
+                return Err(Errno::INVAL);
+            }
+        }
+        if let Some(srq) = request.srq {
+            let s = self.own_srq(session, srq)?;
+            if s.context != context || s.xrc.is_some() {
                 return Err(Errno::INVAL);
             }
         }
@@ -533,19 +566,20 @@ impl Engine {
         if self.session_mut(session)?.counts.qps >= limit {
             return Err(Errno::NOMEM);
         }
+        let has_ring = !xrc && request.srq.is_none();
         let cap = &request.cap;
         let geometry = QpGeometry::new(
             cap.max_send_wr,
-            cap.max_recv_wr,
+            if has_ring { cap.max_recv_wr } else { 0 },
             cap.max_send_sge.max(1),
-            cap.max_recv_sge.max(1),
+            if has_ring { cap.max_recv_sge } else { 0 },
             cap.max_inline,
         );
         let cap = QpCap {
             max_send_wr: geometry.send_entries(),
-            max_recv_wr: geometry.recv_entries(),
+            max_recv_wr: if has_ring { geometry.recv_entries() } else { 0 },
             max_send_sge: geometry.send_sge().min(self.limits.max_sge),
-            max_recv_sge: cap.max_recv_sge.max(1),
+            max_recv_sge: if has_ring { cap.max_recv_sge.max(1) } else { 0 },
             max_inline: geometry.inline().min(self.limits.max_inline),
         };
         let qpn = self.new_qpn()?;
@@ -558,12 +592,9 @@ impl Engine {
             fds,
         } = self.alloc_ring(session, len)?;
         let s = self.session_mut(session)?;
-        let slot = match s.free_slots.pop_front() {
-            Some(slot) => slot,
-            None => {
-                s.slots.push(None);
-                s.slots.len() as u32 - 1
-            }
+        let Some(slot) = s.take_slot() else {
+            let _ = s.slabs.free(memory);
+            return Err(Errno::NOMEM);
         };
         let qp = QpObject {
             session,
@@ -574,32 +605,48 @@ impl Engine {
             qpn,
             slot,
             send_cq: request.send_cq,
-            recv_cq: request.recv_cq,
+            recv_cq: request.recv_cq.unwrap_or(NONE),
+            srq: request.srq,
+            xrc: None,
             sq_sig_all: request.sq_sig_all,
             transport: Qp::new(request.qp_type, cap),
-            memory,
-            region,
-            geometry,
+            rings: Some(Rings {
+                memory,
+                region,
+                geometry,
+            }),
             send_head: 0,
             recv_head: 0,
             path: None,
             current: None,
             taken: None,
             waiting: Waiting::No,
+            ticket: None,
             timer_epoch: 0,
             queued: false,
             established: false,
+            last_wqe_told: false,
             draining: false,
             groups: Vec::new(),
         };
-        let qp = self.qps.insert(qp).ok_or(Errno::NOMEM)?;
+        let Some(qp) = self.qps.insert(qp) else {
+            let s = self.session_mut(session)?;
+            s.free_slot(slot);
+            let _ = s.slabs.free(memory);
+            return Err(Errno::NOMEM);
+        };
         let s = self.session_mut(session)?;
-        s.slots[slot as usize] = Some(qp);
+        s.set_slot(slot, Slot::Qp(qp));
         s.counts.qps += 1;
         self.by_qpn.insert(qpn.get(), qp);
         self.own_pd(session, request.pd)?.users += 1;
         self.own_cq(session, request.send_cq)?.users += 1;
-        self.own_cq(session, request.recv_cq)?.users += 1;
+        if let Some(cq) = request.recv_cq {
+            self.own_cq(session, cq)?.users += 1;
+        }
+        if let Some(srq) = request.srq {
+            self.own_srq(session, srq)?.users += 1;
+        }
         Ok((
             Reply::Qp(QpCreated {
                 qp,
@@ -613,7 +660,7 @@ impl Engine {
     }
 
     /// A random QPN that nobody has and nobody had lately.
-    fn new_qpn(&self) -> Result<Qpn, Errno> {
+    pub(crate) fn new_qpn(&self) -> Result<Qpn, Errno> {
         loop {
             let qpn = random_u32()? & Qpn::MASK;
             let special = qpn < 16 || qpn == Qpn::MASK;
@@ -630,24 +677,32 @@ impl Engine {
         attr: &QpAttr,
         mask: QpAttrMask,
     ) -> Outcome {
+        self.own_qp(session, qp)?;
+        self.apply_modify(qp, attr, mask)
+    }
+
+    /// Modifies a queue pair on behalf of somebody who may.
+    pub(crate) fn apply_modify(&mut self, qp: Handle, attr: &QpAttr, mask: QpAttrMask) -> Outcome {
         let limits = ModifyLimits {
             max_rd_atomic: self.limits.max_rd_atomic,
             active_mtu: Mtu::B4096,
             gids: 1,
         };
-        let q = self.own_qp(session, qp)?;
-        let was = q.transport.state();
         let q = self.qps.get_mut(qp).ok_or(Errno::INVAL)?;
+        let was = q.transport.state();
         let change = q
             .transport
             .modify(attr, mask, &limits)
             .map_err(|_| Errno::INVAL)?;
         q.path = None;
+        self.leave_line(qp);
+        let q = self.qps.get_mut(qp).ok_or(Errno::INVAL)?;
         match change.to {
             QpState::Reset => {
                 q.current = None;
                 q.taken = None;
                 q.established = false;
+                q.last_wqe_told = false;
                 if let Some(rings) = q.rings() {
                     let heads = (rings.send_produced(), rings.recv_produced());
                     (q.send_head, q.recv_head) = heads;
@@ -680,6 +735,12 @@ impl Engine {
             let _ = self.detach_mcast(qp, gid);
         }
         let Some(q) = self.qps.remove(qp) else { return };
+        if let Some(ticket) = q.ticket {
+            self.give_back(ticket);
+        }
+        if let Some(srq) = q.srq.and_then(|srq| self.srqs.get_mut(srq)) {
+            srq.users -= 1;
+        }
         self.by_qpn.remove(&q.qpn.get());
         self.recent_qpns.push_back(q.qpn.get());
         if self.recent_qpns.len() > QPNS_AT_REST {
@@ -695,12 +756,11 @@ impl Engine {
         }
         if let Some(s) = self.sessions.get_mut(q.session) {
             s.counts.qps -= 1;
-            if let Some(slot) = s.slots.get_mut(q.slot as usize) {
-                *slot = None;
-                s.free_slots.push_back(q.slot);
+            s.free_slot(q.slot);
+            if let Some(rings) = q.rings {
+                // It was handed out by the same areas.
+                let _ = s.slabs.free(rings.memory);
             }
-            // It was handed out by the same areas.
-            let _ = s.slabs.free(q.memory);
         }
     }
 }
@@ -714,6 +774,6 @@ fn node_guid(gid: [u8; 16]) -> u64 {
     u64::from_be_bytes(bytes)
 }
 
-fn random_u32() -> Result<u32, Errno> {
+pub(crate) fn random_u32() -> Result<u32, Errno> {
     getrandom::u32().map_err(|_| Errno::AGAIN)
 }

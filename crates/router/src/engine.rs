@@ -18,10 +18,12 @@ use crate::data::Span;
 use crate::exec::{Request, Step};
 use crate::foreign::Opener;
 use crate::objects::{
-    Channel, Context, Cq, Endpoint, Mr, Pd, QpObject, QueuedEvent, Session, Waiting,
+    Channel, Context, Cq, Endpoint, Mr, Pd, QpObject, QueuedEvent, Session, Slot, Waiting,
 };
+use crate::srq::Srq;
 use crate::table::Table;
 use crate::watch::Progress;
+use crate::xrc::XrcState;
 
 /// Events kept for a program that does not read them; it gets no more after that.
 const MAX_QUEUED_EVENTS: usize = 65_536;
@@ -63,6 +65,8 @@ pub(crate) struct Engine {
     pub(crate) by_qpn: FxHashMap<u32, Handle>,
     pub(crate) recent_qpns: VecDeque<u32>,
     pub(crate) groups: crate::mcast::Groups,
+    pub(crate) srqs: Table<Srq>,
+    pub(crate) xrc: XrcState,
     hot: Vec<Handle>,
     ready: VecDeque<Handle>,
     timers: BinaryHeap<Reverse<(u64, u32, u32)>>,
@@ -97,6 +101,8 @@ impl Engine {
             by_qpn: FxHashMap::default(),
             recent_qpns: VecDeque::new(),
             groups: Default::default(),
+            srqs: Table::default(),
+            xrc: XrcState::default(),
             hot: Vec::new(),
             ready: VecDeque::new(),
             timers: BinaryHeap::new(),
@@ -179,13 +185,15 @@ impl Engine {
         }
     }
 
-    /// The library marked one of its queue pairs.
+    /// The library marked one of its queues.
     fn marked(&mut self, session: Handle, slot: u32) {
         let Some(s) = self.sessions.get(session) else {
             return;
         };
-        let Some(&Some(qp)) = s.slots.get(slot as usize) else {
-            return;
+        let qp = match s.slots.get(slot as usize) {
+            Some(&Some(Slot::Qp(qp))) => qp,
+            Some(&Some(Slot::Srq(srq))) => return self.serve_line(srq),
+            _ => return,
         };
         self.make_ready(qp);
         // Its peer may wait for a receive request.
@@ -341,7 +349,8 @@ impl Engine {
             .get(session)
             .map(|s| s.slots.clone())
             .unwrap_or_default();
-        for qp in slots.into_iter().flatten() {
+        for slot in slots.into_iter().flatten() {
+            let Slot::Qp(qp) = slot else { continue };
             let uses = |q: &QpObject| q.send_cq == cq || q.recv_cq == cq;
             if self.qps.get(qp).is_some_and(uses) {
                 self.enter_error(qp, None);
@@ -354,14 +363,23 @@ impl Engine {
         let Some(q) = self.qps.get_mut(qp) else {
             return;
         };
-        let context = q.context;
         if q.transport.state() != QpState::Err {
             q.transport.fail();
+            self.leave_line(qp);
             self.resume(qp);
         }
         if let Some(event) = event {
-            self.async_event(context, Event::Qp(event, qp));
+            self.qp_event(qp, event);
         }
+    }
+
+    /// Reports an asynchronous event of a queue pair to all who hold it.
+    pub(crate) fn qp_event(&mut self, qp: Handle, event: AsyncEventType) {
+        let Some(q) = self.qps.get(qp) else { return };
+        if q.xrc.is_some() {
+            return self.xrc_event(qp, event);
+        }
+        self.async_event(q.context, Event::Qp(event, qp));
     }
 
     /// Reports an asynchronous event to a context's program.

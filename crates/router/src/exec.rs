@@ -1,6 +1,6 @@
 //! Execution of send requests against queue pairs of this host: the routed placement.
 
-use freeflow_session::{Event, Handle};
+use freeflow_session::Handle;
 use freeflow_shm::{CompletionEntry, SendEntry, Sge};
 use freeflow_transport::{Next, Outcome, check_send};
 use freeflow_types::{Access, AsyncEventType, Gid, Opcode, QpState, QpType, SendFlags, WcStatus};
@@ -51,10 +51,11 @@ impl Engine {
             QpState::Sqe => return self.flush(qp, false),
             _ => return Step::Nothing,
         }
-        if q.waiting != Waiting::No {
+        if q.waiting != Waiting::No && !self.is_served(qp) {
             return Step::Nothing;
         }
-        let (request, mut done) = match q.current.take() {
+        let current = self.qps.get_mut(qp).and_then(|q| q.current.take());
+        let (request, mut done) = match current {
             Some(current) => (current.request, current.done),
             None => {
                 let mut request = std::mem::take(&mut self.request);
@@ -89,7 +90,7 @@ impl Engine {
         };
         let Some(rings) = q.rings() else { return false };
         let waiting = rings.send_produced().wrapping_sub(q.send_head);
-        if waiting > u64::from(q.geometry.send_entries()) {
+        if waiting > q.send_entries() {
             let (session, qpn) = (q.session, q.qpn.get());
             self.condemn(session, EndReason::SendIndex { qpn, waiting });
             return false;
@@ -97,7 +98,7 @@ impl Engine {
         if waiting == 0 {
             return false;
         }
-        request.load(q.qp_type, rings.send_slot(q.send_head), q.geometry.inline());
+        request.load(q.qp_type, rings.send_slot(q.send_head), rings.inline());
         true
     }
 
@@ -146,9 +147,10 @@ impl Engine {
             self.nak(peer, nak.event());
             return Err(nak.outcome());
         }
-        let responder_pd = p.pd;
+        let (responder_pd, srq) = self.target(peer, request)?;
         if opcode.consumes_recv() {
-            self.take_recv(peer)?;
+            self.take_recv(peer, srq)?;
+            self.leave_line(qp);
         }
         let remote = (request.entry.remote_addr, request.len);
         let rights = match opcode {
@@ -260,8 +262,11 @@ impl Engine {
         let (q, p) = (self.qps.get(qp)?, self.qps.get(peer)?);
         let back = p.transport.attr();
         let here = self.endpoints.get(q.endpoint)?.gid;
-        let connected =
-            p.qp_type == q.qp_type && back.dest_qpn == q.qpn.get() && back.av.dgid == here;
+        let fits = match q.qp_type {
+            QpType::XrcSend => p.qp_type == QpType::XrcRecv,
+            same => p.qp_type == same,
+        };
+        let connected = fits && back.dest_qpn == q.qpn.get() && back.av.dgid == here;
         (connected && p.transport.may_receive()).then_some(p)
     }
 
@@ -280,8 +285,7 @@ impl Engine {
             && q.current.is_none()
         {
             q.draining = false;
-            let context = q.context;
-            self.async_event(context, Event::Qp(AsyncEventType::SqDrained, qp));
+            self.qp_event(qp, AsyncEventType::SqDrained);
         }
     }
 
@@ -295,7 +299,16 @@ impl Engine {
             Outcome::ReceiverNotReady { .. } => Waiting::Receiver,
             _ => Waiting::Peer,
         };
-        match q.transport.conclude(outcome, now) {
+        let next = q.transport.conclude(outcome, now);
+        if waiting == Waiting::Receiver && matches!(next, Next::RetryAt(_)) {
+            self.stand_in_line(qp, request);
+        } else {
+            self.leave_line(qp);
+        }
+        let Some(q) = self.qps.get_mut(qp) else {
+            return Step::Nothing;
+        };
+        match next {
             Next::Complete => {
                 let opcode = request.opcode.unwrap_or(Opcode::Send);
                 q.transport.sent(opcode, request.len);

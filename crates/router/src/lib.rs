@@ -22,8 +22,10 @@ mod objects;
 mod receive;
 mod sandbox;
 mod serve;
+mod srq;
 mod table;
 mod watch;
+mod xrc;
 
 pub use admin::Admin;
 pub use bridges::MakeBridge;
@@ -204,6 +206,12 @@ pub enum EndReason {
     SendIndex {
         /// The queue pair.
         qpn: u32,
+        /// The claim.
+        waiting: u64,
+    },
+    /// A shared receive queue's index ran away.
+    #[error("ring of shared receive queue claims {waiting} requests, more than it holds")]
+    SrqIndex {
         /// The claim.
         waiting: u64,
     },

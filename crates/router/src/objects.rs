@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use freeflow_session::Handle;
-use freeflow_shm::{AtomicU64, CqRing, DirtyMap, Doorbell, QpGeometry, QpRings, Region, Sge};
+use freeflow_shm::{
+    AtomicU64, CqRing, DirtyMap, Doorbell, MAX_SLOTS, QpGeometry, QpRings, Region, Sge,
+};
 use freeflow_transport::Qp;
 use freeflow_types::{Access, Gid, Key, QpType, Qpn, TenantId, VirtualIp};
 use rustc_hash::FxHashMap;
@@ -14,6 +16,8 @@ use rustc_hash::FxHashMap;
 use crate::EndReason;
 use crate::foreign::ForeignMemory;
 use crate::memory::{Areas, Range};
+use crate::srq::Ticket;
+use crate::xrc::XrcRecv;
 
 /// A container's virtual NIC on this host.
 #[derive(Debug)]
@@ -53,8 +57,8 @@ pub(crate) struct Session {
     pub(crate) slabs: Areas,
     pub(crate) segments: Areas,
     pub(crate) memory: Option<ForeignMemory>,
-    /// Queue pairs by their slot in the dirty map.
-    pub(crate) slots: Vec<Option<Handle>>,
+    /// Queues by their slot in the dirty map.
+    pub(crate) slots: Vec<Option<Slot>>,
     pub(crate) free_slots: VecDeque<u32>,
     pub(crate) keys: FxHashMap<u32, Handle>,
     pub(crate) outbox: VecDeque<QueuedEvent>,
@@ -63,6 +67,15 @@ pub(crate) struct Session {
     pub(crate) hot: bool,
     pub(crate) last_active: u64,
     pub(crate) ending: Option<EndReason>,
+}
+
+/// What a slot of the dirty map stands for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Slot {
+    /// A queue pair.
+    Qp(Handle),
+    /// A shared receive queue.
+    Srq(Handle),
 }
 
 /// Objects of a session, against its limits.
@@ -74,6 +87,8 @@ pub(crate) struct Counts {
     pub(crate) channels: u32,
     pub(crate) cqs: u32,
     pub(crate) qps: u32,
+    pub(crate) srqs: u32,
+    pub(crate) xrcds: u32,
     pub(crate) registered: u64,
     pub(crate) foreign: u64,
 }
@@ -81,6 +96,31 @@ pub(crate) struct Counts {
 impl Session {
     pub(crate) fn dirty_map(&self) -> Option<DirtyMap<'_>> {
         DirtyMap::new(self.dirty.words())
+    }
+
+    /// A slot of the dirty map; `None` if there is none left.
+    pub(crate) fn take_slot(&mut self) -> Option<u32> {
+        if let Some(slot) = self.free_slots.pop_front() {
+            return Some(slot);
+        }
+        let slot = u32::try_from(self.slots.len()).ok()?;
+        (slot < MAX_SLOTS).then(|| {
+            self.slots.push(None);
+            slot
+        })
+    }
+
+    pub(crate) fn set_slot(&mut self, slot: u32, to: Slot) {
+        if let Some(entry) = self.slots.get_mut(slot as usize) {
+            *entry = Some(to);
+        }
+    }
+
+    pub(crate) fn free_slot(&mut self, slot: u32) {
+        if let Some(entry) = self.slots.get_mut(slot as usize) {
+            *entry = None;
+            self.free_slots.push_back(slot);
+        }
     }
 }
 
@@ -174,9 +214,15 @@ pub(crate) enum Waiting {
 }
 
 /// A receive request that a message has begun to fill.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct TakenRecv {
     pub(crate) wr_id: u64,
+    /// Domain of its elements.
+    pub(crate) pd: Handle,
+    /// Where it completes.
+    pub(crate) cq: Handle,
+    /// What its completion says to the library.
+    pub(crate) slot: u32,
     pub(crate) retired: u64,
     pub(crate) sges: Vec<Sge>,
 }
@@ -186,6 +232,14 @@ pub(crate) struct TakenRecv {
 pub(crate) struct Current {
     pub(crate) request: crate::exec::Request,
     pub(crate) done: u64,
+}
+
+/// A queue pair's rings.
+#[derive(Debug)]
+pub(crate) struct Rings {
+    pub(crate) memory: Range,
+    pub(crate) region: Region,
+    pub(crate) geometry: QpGeometry,
 }
 
 /// Queue pair: the transport's value, and where it lives.
@@ -200,11 +254,13 @@ pub(crate) struct QpObject {
     pub(crate) slot: u32,
     pub(crate) send_cq: Handle,
     pub(crate) recv_cq: Handle,
+    /// Where its receive requests come from, if not from its own ring.
+    pub(crate) srq: Option<Handle>,
+    /// If it is an XRC receive queue pair: it has no session, no rings and no slot then.
+    pub(crate) xrc: Option<XrcRecv>,
     pub(crate) sq_sig_all: bool,
     pub(crate) transport: Qp,
-    pub(crate) memory: Range,
-    pub(crate) region: Region,
-    pub(crate) geometry: QpGeometry,
+    pub(crate) rings: Option<Rings>,
     /// Index of the next send request.
     pub(crate) send_head: u64,
     /// Index of the next receive request.
@@ -215,10 +271,14 @@ pub(crate) struct QpObject {
     /// A receive request of this QP that the peer's current message has begun to fill.
     pub(crate) taken: Option<TakenRecv>,
     pub(crate) waiting: Waiting,
+    /// Its place among those who wait for a receive request of a shared receive queue.
+    pub(crate) ticket: Option<Ticket>,
     /// A timer with another number is void.
     pub(crate) timer_epoch: u32,
     pub(crate) queued: bool,
     pub(crate) established: bool,
+    /// The program knows that no more requests of the shared receive queue will complete here.
+    pub(crate) last_wqe_told: bool,
     /// The program wants to know when the send queue has drained.
     pub(crate) draining: bool,
     /// Multicast groups it is attached to.
@@ -227,7 +287,14 @@ pub(crate) struct QpObject {
 
 impl QpObject {
     pub(crate) fn rings(&self) -> Option<QpRings<'_>> {
-        QpRings::new(self.region.words(), self.geometry)
+        let rings = self.rings.as_ref()?;
+        QpRings::new(rings.region.words(), rings.geometry)
+    }
+
+    /// Send requests the ring holds.
+    pub(crate) fn send_entries(&self) -> u64 {
+        let entries = |r: &Rings| r.geometry.send_entries().into();
+        self.rings.as_ref().map_or(0, entries)
     }
 }
 

@@ -1,6 +1,6 @@
 //! The receiving side of the routed placement, and flushing.
 
-use freeflow_session::{Event, Handle};
+use freeflow_session::Handle;
 use freeflow_shm::{CompletionEntry, RecvEntry, SendEntry};
 use freeflow_transport::Outcome;
 use freeflow_types::{
@@ -15,11 +15,15 @@ use crate::exec::{Request, Step};
 use crate::objects::{QpObject, TakenRecv};
 
 impl Engine {
-    /// Takes the next receive request of a queue pair, unless one is taken already.
-    pub(crate) fn take_recv(&mut self, qp: Handle) -> Result<(), Outcome> {
+    /// Takes the next receive request of a queue pair, or of a shared receive queue for it,
+    /// unless one is taken already.
+    pub(crate) fn take_recv(&mut self, qp: Handle, srq: Option<Handle>) -> Result<(), Outcome> {
         let q = self.qps.get_mut(qp).ok_or(Outcome::NoResponse)?;
         if q.taken.is_some() {
             return Ok(());
+        }
+        if let Some(srq) = srq {
+            return self.take_shared(qp, srq);
         }
         let timer_code = q.transport.attr().min_rnr_timer;
         let Some(rings) = q.rings() else {
@@ -67,7 +71,7 @@ impl Engine {
             (WcStatus::LocLenErr, Outcome::RemoteInvalidRequest)
         } else {
             let range = (headroom + done, part);
-            match self.local_spans(q.pd, &taken.sges, Access::LOCAL_WRITE, range, out) {
+            match self.local_spans(taken.pd, &taken.sges, Access::LOCAL_WRITE, range, out) {
                 Some(()) => return Ok(()),
                 None => (WcStatus::LocProtErr, Outcome::RemoteOperation),
             }
@@ -107,14 +111,17 @@ impl Engine {
             status: status.raw() as u8,
             opcode: opcode.raw() as u8,
             qpn: q.qpn.get(),
-            slot: q.slot,
+            slot: taken.slot,
             is_send: false,
             retired: taken.retired,
             timestamp: now,
             ..*with
         };
-        let cq = q.recv_cq;
-        self.complete(cq, &entry, solicited);
+        if taken.slot == CompletionEntry::SHARED && !self.is_srq(taken.retired) {
+            // Its queue is destroyed, and its completions with it.
+            return;
+        }
+        self.complete(taken.cq, &entry, solicited);
     }
 
     /// A message of a connected peer has arrived in full.
@@ -123,7 +130,7 @@ impl Engine {
             return;
         };
         q.transport.received(opcode, request.len);
-        let (context, endpoint) = (q.context, q.endpoint);
+        let endpoint = q.endpoint;
         let first = !std::mem::replace(&mut q.established, true);
         let early = first && q.transport.state() == QpState::Rtr;
         if opcode.consumes_recv() {
@@ -144,7 +151,7 @@ impl Engine {
             self.finish_recv(qp, WcStatus::Success, wc, &with, solicited);
         }
         if early {
-            self.async_event(context, Event::Qp(AsyncEventType::CommEst, qp));
+            self.qp_event(qp, AsyncEventType::CommEst);
         }
         if let Some(e) = self.endpoints.get_mut(endpoint) {
             e.counters.received_messages += 1;
@@ -218,7 +225,8 @@ impl Engine {
             let attr = p.transport.attr();
             p.qp_type == QpType::Ud && p.transport.may_receive() && attr.qkey == qkey
         };
-        if !self.qps.get(to).is_some_and(takes) || self.take_recv(to).is_err() {
+        let srq = self.qps.get(to).and_then(|p| p.srq);
+        if !self.qps.get(to).is_some_and(takes) || self.take_recv(to, srq).is_err() {
             return Ok(false);
         }
         let source = self.endpoints.get(from).map(|e| e.gid).unwrap_or_default();
@@ -288,10 +296,10 @@ impl Engine {
             ..CompletionEntry::default()
         };
         let Some(rings) = q.rings() else {
-            return Step::Nothing;
+            return self.flush_taken(qp);
         };
         let waiting = rings.send_produced().wrapping_sub(q.send_head);
-        if waiting > u64::from(q.geometry.send_entries()) {
+        if waiting > q.send_entries() {
             let (session, qpn) = (q.session, q.qpn.get());
             self.condemn(session, EndReason::SendIndex { qpn, waiting });
             return Step::Nothing;
@@ -315,9 +323,10 @@ impl Engine {
             return Step::Nothing;
         }
         if q.taken.is_some() {
-            let with = CompletionEntry::default();
-            self.finish_recv(qp, WcStatus::WrFlushErr, WcOpcode::Recv, &with, false);
-            return Step::Done(0);
+            return self.flush_taken(qp);
+        }
+        if q.srq.is_some() {
+            return self.tell_last_wqe(qp);
         }
         let head = q.recv_head;
         if rings.recv_produced() == head && !rings.want_recv(head) {
@@ -345,26 +354,42 @@ impl Engine {
             }
         }
     }
+
+    /// Flushes the receive request that a message had begun to fill.
+    fn flush_taken(&mut self, qp: Handle) -> Step {
+        if self.qps.get(qp).is_none_or(|q| q.taken.is_none()) {
+            return Step::Nothing;
+        }
+        let with = CompletionEntry::default();
+        self.finish_recv(qp, WcStatus::WrFlushErr, WcOpcode::Recv, &with, false);
+        Step::Done(0)
+    }
 }
 
 impl QpObject {
     /// Copies the next receive request; the error is an impossible number of them.
     fn next_recv(&mut self) -> Result<Option<TakenRecv>, u64> {
-        let mut taken = TakenRecv::default();
-        let Some(rings) = self.rings() else {
+        let (Some(rings), Some(at)) = (self.rings(), &self.rings) else {
             return Ok(None);
         };
         let waiting = rings.recv_produced().wrapping_sub(self.recv_head);
-        if waiting > u64::from(self.geometry.recv_entries()) {
+        if waiting > u64::from(at.geometry.recv_entries()) {
             return Err(waiting);
         }
         if waiting == 0 {
             return Ok(None);
         }
-        taken.wr_id = RecvEntry::load(rings.recv_slot(self.recv_head), &mut taken.sges).wr_id;
+        let mut sges = Vec::new();
+        let entry = RecvEntry::load(rings.recv_slot(self.recv_head), &mut sges);
         self.recv_head = self.recv_head.wrapping_add(1);
-        taken.retired = self.recv_head;
-        Ok(Some(taken))
+        Ok(Some(TakenRecv {
+            wr_id: entry.wr_id,
+            pd: self.pd,
+            cq: self.recv_cq,
+            slot: self.slot,
+            retired: self.recv_head,
+            sges,
+        }))
     }
 }
 

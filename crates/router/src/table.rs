@@ -6,6 +6,9 @@ use freeflow_session::Handle;
 const SLOT_BITS: u32 = 20;
 const SLOT_MASK: u32 = (1 << SLOT_BITS) - 1;
 
+/// The handle of an object that is not there: no table ever gives it.
+pub(crate) const NONE: Handle = Handle(0);
+
 /// Objects of one kind, found by handle in constant time.
 #[derive(Debug)]
 pub(crate) struct Table<T> {
@@ -106,7 +109,7 @@ mod tests {
         assert_eq!(table.get(a), None);
         assert_eq!(table.remove(a), None);
         assert_eq!(table.get_mut(b), Some(&mut "b"));
-        assert_eq!(table.get(Handle(0)), None);
+        assert_eq!(table.get(NONE), None);
         assert_eq!(table.get(Handle(u32::MAX)), None);
         assert_eq!(table.iter().collect::<Vec<_>>(), [(b, &"b")]);
     }

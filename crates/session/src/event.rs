@@ -16,6 +16,10 @@ pub enum Event {
     Qp(AsyncEventType, Handle),
     /// Asynchronous event of the port.
     Port(AsyncEventType),
+    /// Asynchronous event of a shared receive queue.
+    Srq(AsyncEventType, Handle),
+    /// Asynchronous event of an XRC receive queue pair, to one of those who opened it.
+    XrcQp(AsyncEventType, Handle),
 }
 
 impl Event {
@@ -29,6 +33,8 @@ impl Event {
             Event::Cq(event, cq) => (2, event.raw(), cq.0),
             Event::Qp(event, qp) => (3, event.raw(), qp.0),
             Event::Port(event) => (4, event.raw(), 0),
+            Event::Srq(event, srq) => (5, event.raw(), srq.0),
+            Event::XrcQp(event, open) => (6, event.raw(), open.0),
         };
         let mut bytes = [0; Self::BYTES];
         for (at, word) in [kind, event, handle].into_iter().enumerate() {
@@ -47,6 +53,8 @@ impl Event {
             2 => Some(Event::Cq(event, handle)),
             3 => Some(Event::Qp(event, handle)),
             4 => Some(Event::Port(event)),
+            5 => Some(Event::Srq(event, handle)),
+            6 => Some(Event::XrcQp(event, handle)),
             _ => None,
         }
     }
@@ -64,6 +72,8 @@ mod tests {
             Event::Cq(AsyncEventType::CqErr, handle),
             Event::Qp(AsyncEventType::CommEst, handle),
             Event::Port(AsyncEventType::PortErr),
+            Event::Srq(AsyncEventType::SrqLimitReached, handle),
+            Event::XrcQp(AsyncEventType::QpFatal, handle),
         ] {
             assert_eq!(Event::decode(&event.encode()), Some(event));
         }

@@ -14,12 +14,16 @@
 mod codec;
 mod event;
 mod message;
+mod srq;
 
 pub use codec::{DecodeError, decode_reply, decode_request, encode_reply, encode_request};
 pub use event::Event;
 pub use message::{
     CqCreated, CreateCq, CreateQp, DeviceInfo, Errno, Handle, Invalid, MAX_PIECES, MrRegistered,
     PieceDesc, PieceKind, QpCreated, QpQueried, RegMr, Reply, Request, RingLocation, Welcome,
+};
+pub use srq::{
+    CreateSrq, FileId, ModifySrq, OpenXrcQp, OpenXrcd, SrqCreated, SrqQueried, XrcQpOpened, XrcSrq,
 };
 
 /// Version of the protocol; a router serves the version it names in [`Welcome`] alone.

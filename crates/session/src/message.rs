@@ -3,6 +3,8 @@
 use freeflow_types::{Access, DeviceLimits, Gid, Key, QpAttr, QpAttrMask, QpCap, QpType, Qpn};
 use serde::{Deserialize, Serialize};
 
+use crate::srq::{CreateSrq, ModifySrq, OpenXrcQp, OpenXrcd, SrqCreated, SrqQueried, XrcQpOpened};
+
 /// Most pieces of one memory region; a region in more pieces is refused with ENOMEM.
 pub const MAX_PIECES: usize = 2048;
 
@@ -81,7 +83,7 @@ pub struct CreateCq {
     pub comp_vector: u32,
 }
 
-/// Creates a queue pair.
+/// Creates a queue pair of any type but [`QpType::XrcRecv`], which has no queues of its own.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct CreateQp {
     /// Protection domain.
@@ -90,8 +92,10 @@ pub struct CreateQp {
     pub qp_type: QpType,
     /// Completion queue of sends.
     pub send_cq: Handle,
-    /// Completion queue of receives.
-    pub recv_cq: Handle,
+    /// Completion queue of receives; [`QpType::XrcSend`] has none.
+    pub recv_cq: Option<Handle>,
+    /// Shared receive queue in place of its own.
+    pub srq: Option<Handle>,
     /// Capacities asked for.
     pub cap: QpCap,
     /// Every send request is signaled.
@@ -202,6 +206,49 @@ pub enum Request {
         /// Attach, or detach.
         attach: bool,
     },
+    /// Creates a shared receive queue. [`Reply::Srq`]; descriptor: the slab, if it is new.
+    CreateSrq(CreateSrq),
+    /// Modifies it. [`Reply::Srq`] if it has a new ring by now (descriptor: the slab, if it is
+    /// new), else [`Reply::Done`].
+    ModifySrq(ModifySrq),
+    /// Queries it. [`Reply::SrqQueried`].
+    QuerySrq {
+        /// The queue.
+        srq: Handle,
+    },
+    /// Destroys it; EBUSY while a QP uses it. [`Reply::Done`].
+    DestroySrq {
+        /// The queue.
+        srq: Handle,
+    },
+    /// Opens an XRC domain. [`Reply::Created`].
+    OpenXrcd(OpenXrcd),
+    /// Closes it; EBUSY while something of this session uses it. [`Reply::Done`].
+    CloseXrcd {
+        /// The domain.
+        xrcd: Handle,
+    },
+    /// Creates an XRC receive queue pair, or opens one. [`Reply::XrcQp`].
+    OpenXrcQp(OpenXrcQp),
+    /// Modifies an XRC receive queue pair. [`Reply::Done`].
+    ModifyXrcQp {
+        /// The opening.
+        open: Handle,
+        /// Attributes.
+        attr: QpAttr,
+        /// Which of them.
+        mask: QpAttrMask,
+    },
+    /// Queries an XRC receive queue pair. [`Reply::QpQueried`].
+    QueryXrcQp {
+        /// The opening.
+        open: Handle,
+    },
+    /// Closes it; the last one that closes it destroys it. [`Reply::Done`].
+    CloseXrcQp {
+        /// The opening.
+        open: Handle,
+    },
 }
 
 /// What the virtual device is.
@@ -299,6 +346,12 @@ pub enum Reply {
     Qp(QpCreated),
     /// Attributes.
     QpQueried(QpQueried),
+    /// A shared receive queue's new ring.
+    Srq(SrqCreated),
+    /// A shared receive queue's attributes.
+    SrqQueried(SrqQueried),
+    /// An XRC receive queue pair.
+    XrcQp(XrcQpOpened),
 }
 
 /// Why a well-formed request cannot be meant.
@@ -313,7 +366,7 @@ pub struct Invalid {
     pub limit: u64,
 }
 
-fn at_most(what: &'static str, value: u64, limit: u64) -> Result<(), Invalid> {
+pub(crate) fn at_most(what: &'static str, value: u64, limit: u64) -> Result<(), Invalid> {
     if value > limit {
         Err(Invalid { what, value, limit })
     } else {
@@ -377,7 +430,9 @@ impl Request {
                 at_most("length", r.len, sum)?;
                 at_most("iova", r.iova, u64::MAX - r.len)
             }
-            Request::ModifyQp { attr, .. } => {
+            Request::CreateSrq(c) => c.validate(limits),
+            Request::ModifySrq(m) => m.validate(limits),
+            Request::ModifyQp { attr, .. } | Request::ModifyXrcQp { attr, .. } => {
                 at_most("dest_qp_num", attr.dest_qpn.into(), Qpn::MASK.into())?;
                 at_most("timeout", attr.timeout.into(), 31)
             }
@@ -394,7 +449,14 @@ impl Request {
             | Request::DestroyCq { .. }
             | Request::QueryQp { .. }
             | Request::DestroyQp { .. }
-            | Request::Multicast { .. } => Ok(()),
+            | Request::Multicast { .. }
+            | Request::QuerySrq { .. }
+            | Request::DestroySrq { .. }
+            | Request::OpenXrcd(_)
+            | Request::CloseXrcd { .. }
+            | Request::OpenXrcQp(_)
+            | Request::QueryXrcQp { .. }
+            | Request::CloseXrcQp { .. } => Ok(()),
         }
     }
 }

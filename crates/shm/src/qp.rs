@@ -71,6 +71,11 @@ impl<'a> QpRings<'a> {
         (words.len() >= geometry.words()).then_some(QpRings { words, geometry })
     }
 
+    /// Inline bytes that fit a send request.
+    pub fn inline(&self) -> u32 {
+        self.geometry.inline()
+    }
+
     /// The words of the send request with this index.
     pub fn send_slot(&self, index: u64) -> &'a [AtomicU64] {
         let g = &self.geometry;

@@ -7,7 +7,7 @@ use freeflow_abi::*;
 use freeflow_client as client;
 
 use crate::objects::{Context, MUTEX, NULL, code, context, set_errno};
-use crate::{cq, domain, qp, query, unsupported};
+use crate::{cq, domain, qp, query, srq, unsupported, xrc};
 
 /// The one device of a process. It lives as long as the process: programs keep pointers to it.
 struct Device(Box<verbs_device>);
@@ -144,7 +144,7 @@ fn new_context(device: *mut ibv_device, client: Arc<client::Context>) -> Context
         poll_cq: Some(cq::poll_cq),
         req_notify_cq: Some(cq::req_notify_cq),
         _compat_cq_event_to_destroy_srq: [None; 7],
-        post_srq_recv: Some(unsupported::post_srq_recv),
+        post_srq_recv: Some(srq::post_srq_recv),
         _compat_create_qp_to_destroy_qp: [None; 4],
         post_send: Some(qp::post_send),
         post_recv: Some(qp::post_recv),
@@ -199,12 +199,12 @@ fn new_context(device: *mut ibv_device, client: Arc<client::Context>) -> Context
         abi_placeholder2: None,
         ibv_create_flow: None,
         abi_placeholder1: None,
-        open_qp: None,
+        open_qp: Some(xrc::open_qp),
         create_qp_ex: Some(qp::create_qp_ex),
-        get_srq_num: None,
-        create_srq_ex: None,
-        open_xrcd: None,
-        close_xrcd: None,
+        get_srq_num: Some(srq::get_srq_num),
+        create_srq_ex: Some(srq::create_srq_ex),
+        open_xrcd: Some(xrc::open_xrcd),
+        close_xrcd: Some(xrc::close_xrcd),
         abi_placeholder3: 0,
         sz: size_of::<verbs_context>(),
         context: base,

@@ -73,6 +73,18 @@ pub(crate) struct Qp {
     pub(crate) builder: UnsafeCell<crate::wr::Builder>,
 }
 
+#[repr(C)]
+pub(crate) struct Srq {
+    pub(crate) c: ibv_srq,
+    pub(crate) client: Arc<client::Srq>,
+}
+
+#[repr(C)]
+pub(crate) struct Xrcd {
+    pub(crate) c: ibv_xrcd,
+    pub(crate) client: client::Xrcd,
+}
+
 /// A lock that is taken in one C call and released in another.
 #[derive(Default)]
 pub(crate) struct RawLock {
@@ -164,6 +176,15 @@ unsafe impl Base for ibv_qp {
 // SAFETY: `Qp` is repr(C) and begins with ibv_qp_ex.
 unsafe impl Base for ibv_qp_ex {
     type Object = Qp;
+}
+
+// SAFETY: `Srq` is repr(C) and begins with ibv_srq.
+unsafe impl Base for ibv_srq {
+    type Object = Srq;
+}
+// SAFETY: `Xrcd` is repr(C) and begins with ibv_xrcd.
+unsafe impl Base for ibv_xrcd {
+    type Object = Xrcd;
 }
 
 /// The object behind a context that the program gave back.

@@ -11,7 +11,7 @@ use freeflow_client::{
 
 use crate::memory::{address, address_attr};
 use crate::objects::{Base, COND, MUTEX, Qp, code, give, set_errno, status};
-use crate::wr;
+use crate::{wr, xrc};
 
 fn cap(c: &ibv_qp_cap) -> QpCap {
     QpCap {
@@ -44,11 +44,13 @@ pub(crate) unsafe extern "C" fn create_qp(
 
 /// `ibv_create_qp_ex(3)`.
 pub(crate) unsafe extern "C" fn create_qp_ex(
-    _ctx: *mut ibv_context,
+    ctx: *mut ibv_context,
     init: *mut ibv_qp_init_attr_ex,
 ) -> *mut ibv_qp {
-    const KNOWN: u32 =
-        IBV_QP_INIT_ATTR_PD | IBV_QP_INIT_ATTR_CREATE_FLAGS | IBV_QP_INIT_ATTR_SEND_OPS_FLAGS;
+    const KNOWN: u32 = IBV_QP_INIT_ATTR_PD
+        | IBV_QP_INIT_ATTR_XRCD
+        | IBV_QP_INIT_ATTR_CREATE_FLAGS
+        | IBV_QP_INIT_ATTR_SEND_OPS_FLAGS;
     // SAFETY: the caller gives attributes.
     let init = unsafe { &mut *init };
     let flags = if init.comp_mask & IBV_QP_INIT_ATTR_CREATE_FLAGS != 0 {
@@ -58,6 +60,15 @@ pub(crate) unsafe extern "C" fn create_qp_ex(
     };
     if init.comp_mask & !KNOWN != 0 || flags != 0 {
         return give(Err(Errno::OPNOTSUPP));
+    }
+    if init.qp_type == IBV_QPT_XRC_RECV {
+        if init.comp_mask & IBV_QP_INIT_ATTR_XRCD == 0 {
+            return give(Err(Errno::INVAL));
+        }
+        // SAFETY: the caller gives an open context and a live XRC domain.
+        let made = unsafe { xrc::receiver(ctx, init.xrcd, init.qp_context, None) };
+        init.cap = ibv_qp_cap::default();
+        return give(made);
     }
     if init.comp_mask & IBV_QP_INIT_ATTR_PD == 0 {
         return give(Err(Errno::INVAL));
@@ -87,29 +98,30 @@ pub(crate) unsafe extern "C" fn create_qp_ex(
 ///
 /// # Safety
 ///
-/// A live domain and live completion queues.
+/// A live domain and live queues.
 unsafe fn create(pd: *mut ibv_pd, init: &mut ibv_qp_init_attr, ops: u64) -> Result<Box<Qp>, Errno> {
     let qp_type = QpType::from_raw(init.qp_type).ok_or(Errno::OPNOTSUPP)?;
-    if init.send_cq.is_null() || init.recv_cq.is_null() {
+    // The sending side of XRC has no use for what receives need.
+    let receives = qp_type != QpType::XrcSend;
+    if init.send_cq.is_null() || (receives && init.recv_cq.is_null()) {
         return Err(Errno::INVAL);
-    }
-    if !init.srq.is_null() {
-        return Err(Errno::OPNOTSUPP);
     }
     wr::check_ops(qp_type, ops)?;
     // SAFETY: by the caller's promise.
-    let (domain, send_cq, recv_cq) = unsafe {
+    let (domain, send_cq, recv_cq, srq) = unsafe {
         (
             ibv_pd::object(pd),
             ibv_cq::object(init.send_cq),
-            ibv_cq::object(init.recv_cq),
+            receives.then(|| ibv_cq::object(init.recv_cq)),
+            (receives && !init.srq.is_null()).then(|| ibv_srq::object(init.srq)),
         )
     };
     let sq_sig_all = init.sq_sig_all != 0;
     let wanted = QpInit {
         qp_type,
         send_cq: &send_cq.client,
-        recv_cq: &recv_cq.client,
+        recv_cq: recv_cq.map(|cq| &cq.client),
+        srq: srq.map(|srq| &srq.client),
         cap: cap(&init.cap),
         sq_sig_all,
     };
@@ -122,7 +134,7 @@ unsafe fn create(pd: *mut ibv_pd, init: &mut ibv_qp_init_attr, ops: u64) -> Resu
         pd,
         send_cq: init.send_cq,
         recv_cq: init.recv_cq,
-        srq: std::ptr::null_mut(),
+        srq: init.srq,
         handle: 0,
         qp_num: client.qpn(),
         state: QpState::Reset.raw(),
@@ -294,7 +306,7 @@ pub(crate) unsafe extern "C" fn query_qp(
 /// # Safety
 ///
 /// `list` has `n` elements.
-unsafe fn elements<'a>(list: *const ibv_sge, n: c_int) -> Result<&'a [Sge], Errno> {
+pub(crate) unsafe fn elements<'a>(list: *const ibv_sge, n: c_int) -> Result<&'a [Sge], Errno> {
     match usize::try_from(n) {
         Ok(0) => Ok(&[]),
         // SAFETY: by the caller's promise; `Sge` has the layout of `ibv_sge`.
@@ -338,6 +350,9 @@ unsafe fn send_request(qp_type: QpType, wr: &ibv_send_wr) -> Result<SendWr, Errn
             request.remote_addr = wr.wr.rdma.remote_addr;
             request.rkey = wr.wr.rdma.rkey;
         }
+    }
+    if qp_type == QpType::XrcSend {
+        request.remote_srqn = wr.remote_srqn;
     }
     Ok(request)
 }

@@ -38,7 +38,9 @@ fn device_attr(info: &DeviceInfo) -> ibv_device_attr {
         max_qp_wr: int(limits.max_qp_wr),
         device_cap_flags: IBV_DEVICE_CURR_QP_STATE_MOD
             | IBV_DEVICE_SYS_IMAGE_GUID
-            | IBV_DEVICE_RC_RNR_NAK_GEN,
+            | IBV_DEVICE_RC_RNR_NAK_GEN
+            | IBV_DEVICE_SRQ_RESIZE
+            | IBV_DEVICE_XRC,
         max_sge: int(limits.max_sge),
         max_sge_rd: int(limits.max_sge),
         max_cq: int(limits.max_cq),
@@ -63,9 +65,9 @@ fn device_attr(info: &DeviceInfo) -> ibv_device_attr {
         max_ah: int(limits.max_ah),
         max_fmr: 0,
         max_map_per_fmr: 0,
-        max_srq: 0,
-        max_srq_wr: 0,
-        max_srq_sge: 0,
+        max_srq: int(limits.max_srq),
+        max_srq_wr: int(limits.max_srq_wr),
+        max_srq_sge: int(limits.max_sge),
         max_pkeys: 1,
         local_ca_ack_delay: 0,
         phys_port_cnt: 1,

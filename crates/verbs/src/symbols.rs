@@ -1,7 +1,7 @@
 //! Every public symbol of libibverbs, with its version.
 
 use crate::export::export;
-use crate::{cq, device, domain, event, marshal, memory, qp, query, strings, unsupported};
+use crate::{cq, device, domain, event, marshal, memory, qp, query, srq, strings, unsupported};
 
 export! {
     "ibv_get_device_list" "@@IBVERBS_1.1" device::get_device_list;
@@ -17,7 +17,7 @@ export! {
     "ibv_query_gid" "@@IBVERBS_1.1" query::query_gid;
     "ibv_query_pkey" "@@IBVERBS_1.1" query::query_pkey;
     "ibv_query_qp" "@@IBVERBS_1.1" qp::query_qp;
-    "ibv_query_srq" "@@IBVERBS_1.1" unsupported::errno;
+    "ibv_query_srq" "@@IBVERBS_1.1" srq::query_srq;
     "ibv_alloc_pd" "@@IBVERBS_1.1" memory::alloc_pd;
     "ibv_dealloc_pd" "@@IBVERBS_1.1" domain::dealloc_pd;
     "ibv_reg_mr" "@@IBVERBS_1.1" memory::reg_mr;
@@ -27,9 +27,9 @@ export! {
     "ibv_destroy_cq" "@@IBVERBS_1.1" cq::destroy_cq;
     "ibv_get_cq_event" "@@IBVERBS_1.1" cq::get_cq_event;
     "ibv_ack_cq_events" "@@IBVERBS_1.1" cq::ack_cq_events;
-    "ibv_create_srq" "@@IBVERBS_1.1" unsupported::null;
-    "ibv_modify_srq" "@@IBVERBS_1.1" unsupported::errno;
-    "ibv_destroy_srq" "@@IBVERBS_1.1" unsupported::errno;
+    "ibv_create_srq" "@@IBVERBS_1.1" srq::create_srq;
+    "ibv_modify_srq" "@@IBVERBS_1.1" srq::modify_srq;
+    "ibv_destroy_srq" "@@IBVERBS_1.1" srq::destroy_srq;
     "ibv_create_qp" "@@IBVERBS_1.1" qp::create_qp;
     "ibv_modify_qp" "@@IBVERBS_1.1" qp::modify_qp;
     "ibv_destroy_qp" "@@IBVERBS_1.1" qp::destroy_qp;
@@ -50,7 +50,7 @@ export! {
     "ibv_query_gid" "@IBVERBS_1.0" query::query_gid;
     "ibv_query_pkey" "@IBVERBS_1.0" query::query_pkey;
     "ibv_query_qp" "@IBVERBS_1.0" qp::query_qp;
-    "ibv_query_srq" "@IBVERBS_1.0" unsupported::errno;
+    "ibv_query_srq" "@IBVERBS_1.0" srq::query_srq;
     "ibv_alloc_pd" "@IBVERBS_1.0" memory::alloc_pd;
     "ibv_dealloc_pd" "@IBVERBS_1.0" domain::dealloc_pd;
     "ibv_reg_mr" "@IBVERBS_1.0" memory::reg_mr;
@@ -60,9 +60,9 @@ export! {
     "ibv_destroy_cq" "@IBVERBS_1.0" cq::destroy_cq;
     "ibv_get_cq_event" "@IBVERBS_1.0" cq::get_cq_event;
     "ibv_ack_cq_events" "@IBVERBS_1.0" cq::ack_cq_events;
-    "ibv_create_srq" "@IBVERBS_1.0" unsupported::null;
-    "ibv_modify_srq" "@IBVERBS_1.0" unsupported::errno;
-    "ibv_destroy_srq" "@IBVERBS_1.0" unsupported::errno;
+    "ibv_create_srq" "@IBVERBS_1.0" srq::create_srq;
+    "ibv_modify_srq" "@IBVERBS_1.0" srq::modify_srq;
+    "ibv_destroy_srq" "@IBVERBS_1.0" srq::destroy_srq;
     "ibv_create_qp" "@IBVERBS_1.0" qp::create_qp;
     "ibv_modify_qp" "@IBVERBS_1.0" qp::modify_qp;
     "ibv_destroy_qp" "@IBVERBS_1.0" qp::destroy_qp;

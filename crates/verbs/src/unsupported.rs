@@ -42,13 +42,3 @@ pub(crate) unsafe extern "C" fn bind_mw(
 pub(crate) unsafe extern "C" fn dealloc_mw(_mw: *mut ibv_mw) -> c_int {
     libc::EOPNOTSUPP
 }
-
-pub(crate) unsafe extern "C" fn post_srq_recv(
-    _srq: *mut ibv_srq,
-    wr: *mut ibv_recv_wr,
-    bad: *mut *mut ibv_recv_wr,
-) -> c_int {
-    // SAFETY: the caller gives a place for the bad request.
-    unsafe { *bad = wr };
-    libc::EOPNOTSUPP
-}

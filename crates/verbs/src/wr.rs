@@ -29,10 +29,10 @@ const READ: u64 = IBV_QP_EX_WITH_RDMA_READ
 /// Whether a queue pair of this type can have the operations.
 pub(crate) fn check_ops(qp_type: QpType, ops: u64) -> Result<(), Errno> {
     let offered = match qp_type {
-        QpType::Rc => SEND | RDMA | READ,
+        QpType::Rc | QpType::XrcSend => SEND | RDMA | READ,
         QpType::Uc => SEND | RDMA,
         QpType::Ud => SEND,
-        QpType::XrcSend | QpType::XrcRecv => 0,
+        QpType::XrcRecv => 0,
     };
     if ops & !offered == 0 {
         Ok(())
@@ -61,7 +61,7 @@ pub(crate) fn extended(qp_base: ibv_qp, ops: u64) -> ibv_qp_ex {
         wr_send_inv: None,
         wr_send_tso: None,
         wr_set_ud_addr: Some(set_ud_addr),
-        wr_set_xrc_srqn: None,
+        wr_set_xrc_srqn: Some(set_xrc_srqn),
         wr_set_inline_data: Some(set_inline_data),
         wr_set_inline_data_list: Some(set_inline_data_list),
         wr_set_sge: Some(set_sge),
@@ -264,6 +264,14 @@ unsafe extern "C" fn set_ud_addr(qp: *mut ibv_qp_ex, ah: *mut ibv_ah, qpn: u32, 
     let (builder, av) = unsafe { (builder(qp), ibv_ah::object(ah).av) };
     if let Some(wr) = &mut builder.open {
         wr.ud = freeflow_client::UdTarget { av, qpn, qkey };
+    }
+}
+
+unsafe extern "C" fn set_xrc_srqn(qp: *mut ibv_qp_ex, remote_srqn: u32) {
+    // SAFETY: see `send`.
+    let builder = unsafe { builder(qp) };
+    if let Some(wr) = &mut builder.open {
+        wr.remote_srqn = remote_srqn;
     }
 }
 
