@@ -187,6 +187,17 @@ fn check_values(attr: &QpAttr, mask: Mask, limits: &ModifyLimits) -> Result<(), 
     }
 }
 
+/// The mask without the attributes that are the other side's of an XRC connection: programs set
+/// up both sides as they do a reliable connection, and the kernel's uverbs ignores the half that
+/// does not apply.
+pub(crate) fn meant(qp: QpType, mask: Mask) -> Mask {
+    match qp {
+        QpType::XrcSend => mask - RESPOND,
+        QpType::XrcRecv => mask - Mask::MAX_QP_RD_ATOMIC - Mask::RETRY_CNT - Mask::RNR_RETRY,
+        _ => mask,
+    }
+}
+
 /// Copies the attributes that are meant.
 pub(crate) fn apply(to: &mut QpAttr, from: &QpAttr, mask: Mask) {
     macro_rules! copy {

@@ -6,7 +6,7 @@ use freeflow_types::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::modify::{ModifyError, ModifyLimits, apply, check_modify};
+use crate::modify::{ModifyError, ModifyLimits, apply, check_modify, meant};
 
 /// RNR retry count that means "for ever" (`ibv_modify_qp(3)`).
 const RNR_FOR_EVER: u8 = 7;
@@ -141,6 +141,7 @@ impl Qp {
         mask: QpAttrMask,
         limits: &ModifyLimits,
     ) -> Result<Transition, ModifyError> {
+        let mask = meant(self.qp_type, mask);
         let from = self.attr.state;
         let to = check_modify(self.qp_type, from, attr, mask, limits)?;
         if to == QpState::Reset {
@@ -400,6 +401,54 @@ mod tests {
             }
         );
         assert_eq!(qp, Qp::new(QpType::Rc, cap));
+    }
+
+    #[test]
+    fn the_other_sides_attributes_of_xrc_are_ignored() {
+        let limits = ModifyLimits {
+            max_rd_atomic: 16,
+            active_mtu: freeflow_types::Mtu::B4096,
+            gids: 1,
+        };
+        use QpAttrMask as Mask;
+        let rtr = Mask::STATE
+            | Mask::AV
+            | Mask::PATH_MTU
+            | Mask::DEST_QPN
+            | Mask::RQ_PSN
+            | Mask::MAX_DEST_RD_ATOMIC
+            | Mask::MIN_RNR_TIMER;
+        let rts = Mask::STATE
+            | Mask::TIMEOUT
+            | Mask::SQ_PSN
+            | Mask::RETRY_CNT
+            | Mask::RNR_RETRY
+            | Mask::MAX_QP_RD_ATOMIC;
+        let mut attr = QpAttr {
+            state: QpState::Rtr,
+            max_rd_atomic: 3,
+            max_dest_rd_atomic: 5,
+            retry_cnt: 2,
+            min_rnr_timer: 9,
+            ..QpAttr::default()
+        };
+        (attr.av.is_global, attr.av.port_num) = (true, 1);
+        let run = |qp_type| {
+            let mut qp = Qp::new(qp_type, QpCap::default());
+            qp.attr.state = QpState::Init;
+            qp.modify(&attr, rtr, &limits).unwrap();
+            let attr = QpAttr {
+                state: QpState::Rts,
+                ..attr
+            };
+            qp.modify(&attr, rts, &limits).unwrap();
+            let now = qp.query();
+            let requester = (now.max_rd_atomic, now.retry_cnt);
+            (requester, (now.max_dest_rd_atomic, now.min_rnr_timer))
+        };
+        assert_eq!(run(QpType::Rc), ((3, 2), (5, 9)));
+        assert_eq!(run(QpType::XrcSend), ((3, 2), (0, 0)));
+        assert_eq!(run(QpType::XrcRecv), ((0, 0), (5, 9)));
     }
 
     proptest! {
