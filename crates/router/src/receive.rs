@@ -1,5 +1,7 @@
 //! The receiving side of the routed placement, and flushing.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
+
 use freeflow_session::Handle;
 use freeflow_shm::{CompletionEntry, RecvEntry, SendEntry};
 use freeflow_transport::Outcome;
@@ -264,7 +266,7 @@ impl Engine {
             imm: entry.imm,
             wc_flags: (WcFlags::GRH | imm).bits(),
             src_qp: qpn,
-            sl: entry.av.sl,
+            sl: packet_type(source, entry.av.dgid),
             ..CompletionEntry::default()
         };
         let solicited = request.flags.contains(SendFlags::SOLICITED);
@@ -393,6 +395,18 @@ impl QpObject {
     }
 }
 
+fn v4(gid: Gid) -> Option<Ipv4Addr> {
+    Ipv6Addr::from(gid.0).to_ipv4_mapped()
+}
+
+/// What the completion of a datagram says in place of a service level, which RoCEv2's packets do
+/// not carry: the type of the packet (IBTA annex A17.4.5.1). The verbs have no field for it; it
+/// stands where mlx5 puts it and UCX looks for it: bit 3 for UDP, then 1 for IPv6, 2 for IPv4.
+fn packet_type(source: Gid, to: Gid) -> u8 {
+    let is_v4 = v4(source).is_some() && v4(to).is_some();
+    8 | if is_v4 { 2 } else { 1 }
+}
+
 /// The 40 bytes in front of a datagram: for IPv4 20 bytes of zeroes and the IPv4 header, for IPv6
 /// its header (IBTA annex A17, RoCEv2).
 fn grh_bytes(source: Gid, entry: &SendEntry, payload: u64) -> [u8; GRH_BYTES as usize] {
@@ -401,7 +415,6 @@ fn grh_bytes(source: Gid, entry: &SendEntry, payload: u64) -> [u8; GRH_BYTES as 
     let mut grh = [0; GRH_BYTES as usize];
     let (to, av) = (entry.av.dgid, &entry.av);
     let length = UDP_AND_TRANSPORT + payload.next_multiple_of(4);
-    let v4 = |gid: Gid| std::net::Ipv6Addr::from(gid.0).to_ipv4_mapped();
     let hops = if av.hop_limit == 0 { 64 } else { av.hop_limit };
     const UDP: u8 = 17;
     if let (Some(from), Some(to)) = (v4(source), v4(to)) {
@@ -454,6 +467,7 @@ mod tests {
             ..SendEntry::default()
         };
         let grh = grh_bytes(gid("10.0.0.1"), &entry, 5);
+        assert_eq!(packet_type(gid("10.0.0.1"), av.dgid), 10);
         assert_eq!(grh[..20], [0; 20]);
         let ip = &grh[20..];
         assert_eq!((ip[0], ip[1], ip[8], ip[9]), (0x45, 4, 64, 17));
@@ -478,6 +492,7 @@ mod tests {
             ..SendEntry::default()
         };
         let grh = grh_bytes(gid("fd00::1"), &entry, 0);
+        assert_eq!(packet_type(gid("fd00::1"), av.dgid), 9);
         assert_eq!((grh[0] >> 4, grh[6], grh[7]), (6, 17, 9));
         assert_eq!(Gid(grh[8..24].try_into().unwrap()), gid("fd00::1"));
     }

@@ -190,7 +190,8 @@ pub(crate) unsafe extern "C" fn init_ah_from_wc(
             hop_limit: NO_LIMIT,
             traffic_class,
             dlid: (*wc).slid,
-            sl: (*wc).sl,
+            // The completion's is the type of the packet: RoCE carries no service level.
+            sl: 0,
             src_path_bits: (*wc).dlid_path_bits,
             is_global: true,
             port_num: port,
