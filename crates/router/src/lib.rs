@@ -23,6 +23,8 @@ mod receive;
 mod sandbox;
 mod serve;
 mod srq;
+#[cfg(test)]
+mod srq_tests;
 mod table;
 mod watch;
 mod xrc;

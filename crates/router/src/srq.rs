@@ -58,7 +58,7 @@ pub(crate) struct Ticket {
 }
 
 impl Srq {
-    fn ring(&self) -> Option<SrqRing<'_>> {
+    pub(crate) fn ring(&self) -> Option<SrqRing<'_>> {
         SrqRing::new(self.region.words(), self.geometry)
     }
 

@@ -1,0 +1,946 @@
+//! Shared receive queues and XRC against an engine without threads, in virtual time: nothing
+//! here happens because a timer fired unless a test says so.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use freeflow_session::{
+    CreateCq, CreateQp, CreateSrq, Event, FileId, Handle, ModifySrq, OpenXrcQp, OpenXrcd,
+    PieceDesc, PieceKind, RegMr, Reply, Request, XrcSrq,
+};
+use freeflow_shm::{CompletionEntry, RecvEntry, SendEntry, Sge, event_pair};
+use freeflow_types::{
+    Access, AddressVector, AsyncEventType, DeviceLimits, Gid, Key, Mtu, Opcode, QpAttr,
+    QpAttrMask as Mask, QpCap, QpState, QpType, Qpn, SendFlags, VirtualIp, WcStatus, rnr_timer_ns,
+};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
+
+use crate::EndpointSpec;
+use crate::engine::{Engine, Polled, TURN_BYTES};
+use crate::foreign::Opener;
+use crate::objects::Peer;
+use crate::watch::Progress;
+
+/// Long, so that no test waits it out by chance: 655 ms.
+const RNR_TIMER: u8 = 0;
+const RNR_RETRIES: u8 = 2;
+const BIG: u64 = 4 * TURN_BYTES;
+
+struct Host {
+    engine: Engine,
+    now: u64,
+}
+
+/// A process: one session with one context.
+struct Process {
+    session: Handle,
+    context: Handle,
+    pd: Handle,
+    gid: Gid,
+    events: Arc<OwnedFd>,
+    _socket: OwnedFd,
+}
+
+#[derive(Clone, Copy)]
+struct Cq {
+    handle: Handle,
+    read: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Made {
+    handle: Handle,
+    qpn: u32,
+    slot: u32,
+}
+
+#[derive(Clone, Copy)]
+struct Srq {
+    handle: Handle,
+    slot: u32,
+    max_wr: u32,
+    number: Option<u32>,
+    posted: u64,
+}
+
+impl Host {
+    fn new() -> Host {
+        let engine = Engine::new(DeviceLimits::default(), 0, Opener::Direct);
+        Host { engine, now: 0 }
+    }
+
+    fn endpoint(&mut self, ip: &str) -> Handle {
+        let spec = EndpointSpec {
+            name: ip.to_owned(),
+            tenant: "t".to_owned(),
+            ip: VirtualIp(ip.parse().unwrap()),
+            socket: "/nowhere".into(),
+        };
+        self.engine.add_endpoint(&spec).unwrap()
+    }
+
+    fn process(&mut self, endpoint: Handle, uid: u32) -> Process {
+        let pid = std::process::id();
+        let (socket, other) = event_pair().unwrap();
+        let peer = Peer { pid, uid };
+        let begun = self.engine.begin_session(endpoint, peer, Arc::new(socket));
+        let session = begun.unwrap();
+        let answer = self.engine.handle(session, Request::OpenContext);
+        let Ok(Reply::Created(context)) = answer.reply else {
+            panic!("{:?}", answer.reply);
+        };
+        let events = answer.fds.into_iter().next().unwrap();
+        let Ok(Reply::Created(pd)) = self.ask(session, Request::AllocPd { context }) else {
+            panic!("no domain");
+        };
+        let gid = self.engine.endpoints.get(endpoint).unwrap().gid;
+        Process {
+            session,
+            context,
+            pd,
+            gid,
+            events,
+            _socket: other,
+        }
+    }
+
+    fn ask(&mut self, session: Handle, request: Request) -> Result<Reply, Errno> {
+        let reply = self.engine.handle(session, request).reply;
+        reply.map_err(|e| Errno::from_raw_os_error(e.0))
+    }
+
+    fn cq(&mut self, p: &Process) -> Cq {
+        let request = CreateCq {
+            context: p.context,
+            cqe: 256,
+            channel: None,
+            comp_vector: 0,
+        };
+        match self.ask(p.session, Request::CreateCq(request)) {
+            Ok(Reply::Cq(made)) => Cq {
+                handle: made.cq,
+                read: 0,
+            },
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn srq(&mut self, p: &Process, max_wr: u32, xrc: Option<XrcSrq>) -> Srq {
+        let request = CreateSrq {
+            pd: p.pd,
+            max_wr,
+            max_sge: 1,
+            xrc,
+        };
+        match self.ask(p.session, Request::CreateSrq(request)) {
+            Ok(Reply::Srq(made)) => Srq {
+                handle: made.srq,
+                slot: made.slot,
+                max_wr: made.max_wr,
+                number: made.number,
+                posted: 0,
+            },
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn qp(
+        &mut self,
+        p: &Process,
+        qp_type: QpType,
+        cqs: (Cq, Option<Cq>),
+        srq: Option<Srq>,
+    ) -> Made {
+        let request = CreateQp {
+            pd: p.pd,
+            qp_type,
+            send_cq: cqs.0.handle,
+            recv_cq: cqs.1.map(|cq| cq.handle),
+            srq: srq.map(|srq| srq.handle),
+            cap: QpCap {
+                max_send_wr: 64,
+                max_send_sge: 1,
+                ..QpCap::default()
+            },
+            sq_sig_all: true,
+        };
+        match self.ask(p.session, Request::CreateQp(request)) {
+            Ok(Reply::Qp(made)) => Made {
+                handle: made.qp,
+                qpn: made.qpn.get(),
+                slot: made.slot,
+            },
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Brings a queue pair that an own request names to RTS.
+    fn connect(&mut self, p: &Process, to: (Gid, u32), modify: impl Fn(QpAttr, Mask) -> Request) {
+        let attr = QpAttr {
+            port_num: 1,
+            access: Access::REMOTE_WRITE,
+            path_mtu: Mtu::B4096,
+            dest_qpn: to.1,
+            av: AddressVector {
+                dgid: to.0,
+                is_global: true,
+                port_num: 1,
+                ..AddressVector::default()
+            },
+            min_rnr_timer: RNR_TIMER,
+            max_dest_rd_atomic: 1,
+            rnr_retry: RNR_RETRIES,
+            retry_cnt: 7,
+            timeout: 10,
+            ..QpAttr::default()
+        };
+        let steps = [
+            (
+                QpState::Init,
+                Mask::PKEY_INDEX | Mask::PORT | Mask::ACCESS_FLAGS,
+            ),
+            (
+                QpState::Rtr,
+                Mask::AV
+                    | Mask::PATH_MTU
+                    | Mask::DEST_QPN
+                    | Mask::RQ_PSN
+                    | Mask::MAX_DEST_RD_ATOMIC
+                    | Mask::MIN_RNR_TIMER,
+            ),
+            (
+                QpState::Rts,
+                Mask::TIMEOUT
+                    | Mask::RETRY_CNT
+                    | Mask::RNR_RETRY
+                    | Mask::SQ_PSN
+                    | Mask::MAX_QP_RD_ATOMIC,
+            ),
+        ];
+        for (state, mask) in steps {
+            let request = modify(QpAttr { state, ..attr }, mask | Mask::STATE);
+            assert_eq!(self.ask(p.session, request), Ok(Reply::Done), "{state:?}");
+        }
+    }
+
+    fn set_rnr_retry(&mut self, p: &Process, qp: Made, rnr_retry: u8) {
+        self.set_state(p, qp, QpState::Sqd);
+        let qp = qp.handle;
+        let attr = QpAttr {
+            rnr_retry,
+            ..QpAttr::default()
+        };
+        let mask = Mask::RNR_RETRY;
+        let request = Request::ModifyQp { qp, attr, mask };
+        assert_eq!(self.ask(p.session, request), Ok(Reply::Done));
+    }
+
+    fn connect_own(&mut self, p: &Process, qp: Made, to: (Gid, u32)) {
+        let qp = qp.handle;
+        self.connect(p, to, |attr, mask| Request::ModifyQp { qp, attr, mask });
+    }
+
+    fn set_state(&mut self, p: &Process, qp: Made, state: QpState) {
+        let attr = QpAttr {
+            state,
+            ..QpAttr::default()
+        };
+        let request = Request::ModifyQp {
+            qp: qp.handle,
+            attr,
+            mask: Mask::STATE,
+        };
+        assert_eq!(self.ask(p.session, request), Ok(Reply::Done));
+    }
+
+    fn mark(&mut self, p: &Process, slot: u32) {
+        let map = self.engine.sessions.get(p.session).unwrap().dirty_map();
+        if map.unwrap().mark(slot) {
+            self.engine.wake(p.session);
+        }
+    }
+
+    /// What a library does, if the ring has room.
+    fn try_post(&mut self, p: &Process, srq: &mut Srq, wr_id: u64, sges: &[Sge]) -> bool {
+        let ring = self.engine.srqs.get(srq.handle).unwrap().ring().unwrap();
+        if srq.posted - ring.consumed() == u64::from(srq.max_wr) {
+            return false;
+        }
+        RecvEntry::store(wr_id, sges, ring.slot(srq.posted));
+        srq.posted += 1;
+        if ring.publish(srq.posted) {
+            self.mark(p, srq.slot);
+        }
+        true
+    }
+
+    fn post(&mut self, p: &Process, srq: &mut Srq, wr_id: u64) {
+        assert!(self.try_post(p, srq, wr_id, &[]), "the queue is full");
+    }
+
+    fn send(&mut self, p: &Process, qp: Made, wr_id: u64, sges: &[Sge], remote_srqn: u32) {
+        let q = self.engine.qps.get(qp.handle).unwrap();
+        let (qp_type, rings) = (q.qp_type, q.rings().unwrap());
+        let at = rings.send_produced();
+        let entry = SendEntry {
+            wr_id,
+            opcode: Opcode::Send.raw() as u8,
+            flags: SendFlags::SIGNALED.bits(),
+            num_sge: sges.len() as u16,
+            remote_srqn,
+            ..SendEntry::default()
+        };
+        entry.store(qp_type, rings.send_slot(at));
+        SendEntry::store_sges(rings.send_slot(at), sges);
+        rings.publish_send(at + 1);
+        self.mark(p, qp.slot);
+    }
+
+    fn round(&mut self) -> Polled {
+        self.engine.poll(self.now, &Progress::default())
+    }
+
+    /// Polls until there is nothing to do at this time.
+    fn settle(&mut self) {
+        for _ in 0..100_000 {
+            if self.round() != Polled::Busy {
+                return;
+            }
+            self.engine.reap();
+        }
+        panic!("the engine does not come to rest");
+    }
+
+    fn completions(&mut self, cq: &mut Cq) -> Vec<CompletionEntry> {
+        let ring = self.engine.cqs.get(cq.handle).unwrap().ring().unwrap();
+        let all = (cq.read..ring.produced()).map(|at| ring.read(at)).collect();
+        cq.read = ring.produced();
+        ring.consume(cq.read);
+        all
+    }
+
+    fn ids(&mut self, cq: &mut Cq) -> Vec<u64> {
+        let all = self.completions(cq);
+        let good = |c: &CompletionEntry| u32::from(c.status) == WcStatus::Success.raw();
+        assert!(all.iter().all(good), "{all:?}");
+        all.iter().map(|c| c.wr_id).collect()
+    }
+
+    fn reg(&mut self, p: &Process, len: u64) -> Key {
+        let Ok(Reply::Pages {
+            segment, offset, ..
+        }) = self.ask(p.session, Request::AllocPages { len })
+        else {
+            panic!("no pages");
+        };
+        let kind = PieceKind::Pool { segment, offset };
+        let request = RegMr {
+            pd: p.pd,
+            iova: 0,
+            len,
+            access: Access::LOCAL_WRITE,
+            pieces: vec![PieceDesc { len, kind }],
+        };
+        match self.ask(p.session, Request::RegMr(request)) {
+            Ok(Reply::Mr(made)) => made.key,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+impl Process {
+    fn events(&self) -> Vec<Event> {
+        let mut all = Vec::new();
+        let mut bytes = [0; Event::BYTES];
+        let fd = &*self.events;
+        while let Ok((_, n)) = rustix::net::recv(fd, &mut bytes[..], RecvFlags::DONTWAIT)
+            && n != 0
+        {
+            all.push(Event::decode(&bytes[..n]).unwrap());
+        }
+        all
+    }
+}
+
+/// A process with a queue and `n` queue pairs on it, each with a completion queue of its own, and
+/// a process with a sender for each of them.
+struct Field {
+    host: Host,
+    here: Process,
+    there: Process,
+    srq: Srq,
+    cqs: Vec<Cq>,
+    receivers: Vec<Made>,
+    senders: Vec<Made>,
+    sent: Cq,
+}
+
+fn field(n: usize, max_wr: u32) -> Field {
+    let mut host = Host::new();
+    let (a, b) = (host.endpoint("10.0.0.1"), host.endpoint("10.0.0.2"));
+    let (here, there) = (host.process(a, 0), host.process(b, 0));
+    let srq = host.srq(&here, max_wr, None);
+    let sent = host.cq(&there);
+    let (mut cqs, mut receivers, mut senders) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..n {
+        let cq = host.cq(&here);
+        let to = host.qp(&here, QpType::Rc, (cq, Some(cq)), Some(srq));
+        let from = host.qp(&there, QpType::Rc, (sent, Some(sent)), None);
+        host.connect_own(&here, to, (there.gid, from.qpn));
+        host.connect_own(&there, from, (here.gid, to.qpn));
+        cqs.push(cq);
+        receivers.push(to);
+        senders.push(from);
+    }
+    Field {
+        host,
+        here,
+        there,
+        srq,
+        cqs,
+        receivers,
+        senders,
+        sent,
+    }
+}
+
+impl Field {
+    fn received(&mut self) -> Vec<Vec<u64>> {
+        let host = &mut self.host;
+        self.cqs.iter_mut().map(|cq| host.ids(cq)).collect()
+    }
+
+    fn send_empty(&mut self, sender: usize, wr_id: u64) {
+        let qp = self.senders[sender];
+        self.host.send(&self.there, qp, wr_id, &[], 0);
+    }
+}
+
+#[test]
+fn all_who_wait_are_served_in_turn_without_a_timer() {
+    const N: usize = 24;
+    const ROUNDS: u64 = 4;
+    let mut f = field(N, 8);
+    for sender in 0..N {
+        for _ in 0..ROUNDS {
+            f.send_empty(sender, sender as u64);
+        }
+    }
+    f.host.settle();
+    assert!(f.received().concat().is_empty());
+    // One at a time: each is taken at once, by whoever has waited longest. Being called in vain
+    // would use up the few retries that a sender has.
+    let mut order = Vec::new();
+    for round in 0..ROUNDS {
+        for k in 0..N as u64 {
+            let (here, srq) = (&f.here, &mut f.srq);
+            f.host.post(here, srq, round * 100 + k);
+            f.host.settle();
+            let got = f.received();
+            let who = got.iter().position(|ids| !ids.is_empty());
+            assert_eq!(got.concat(), [round * 100 + k]);
+            order.push(who.unwrap());
+        }
+    }
+    let once: Vec<_> = (0..N).collect();
+    for turn in order.chunks(N) {
+        let mut who = turn.to_vec();
+        who.sort_unstable();
+        assert_eq!(who, once, "somebody was served twice before another once");
+    }
+    let sent = f.host.ids(&mut f.sent);
+    assert_eq!(sent.len(), N * ROUNDS as usize);
+}
+
+#[test]
+fn several_requests_serve_several_at_once() {
+    let mut f = field(10, 16);
+    for sender in 0..10 {
+        // Who is served takes what others were called for: that is none of their retries.
+        let qp = f.senders[sender];
+        f.host.set_rnr_retry(&f.there, qp, 1);
+        f.host.set_state(&f.there, qp, QpState::Rts);
+        f.send_empty(sender, 0);
+        f.send_empty(sender, 1);
+    }
+    f.host.settle();
+    for wr_id in 0..7 {
+        f.host.post(&f.here, &mut f.srq, wr_id);
+    }
+    f.host.settle();
+    assert_eq!(f.received().concat().len(), 7);
+    for wr_id in 7..20 {
+        f.host.post(&f.here, &mut f.srq, wr_id);
+        f.host.settle();
+    }
+    assert_eq!(f.received().concat().len(), 13);
+    assert_eq!(f.host.ids(&mut f.sent).len(), 20);
+}
+
+#[test]
+fn who_leaves_the_line_lets_the_next_one_forward() {
+    let mut f = field(4, 4);
+    for sender in 0..4 {
+        f.send_empty(sender, sender as u64);
+        f.host.settle();
+    }
+    // The first is called, but gone before its turn; the second is in error by then; the third's
+    // peer is destroyed while it waits.
+    let srq = f.host.engine.srqs.get(f.srq.handle).unwrap();
+    let ring = srq.ring().unwrap();
+    RecvEntry::store(8, &[], ring.slot(0));
+    ring.publish(1);
+    f.srq.posted = 1;
+    f.host.engine.serve_line(f.srq.handle);
+    let destroy = |qp| Request::DestroyQp { qp };
+    let first = f.senders[0].handle;
+    f.host.ask(f.there.session, destroy(first)).unwrap();
+    f.host.set_state(&f.there, f.senders[1], QpState::Err);
+    let third = f.receivers[2].handle;
+    f.host.ask(f.here.session, destroy(third)).unwrap();
+    f.host.settle();
+    // The third finds that nobody answers, and the fourth takes it.
+    let got = f.received();
+    assert_eq!((got[3].as_slice(), got.concat().len()), (&[8][..], 1));
+    f.host
+        .engine
+        .end_session(f.there.session, crate::EndReason::Closed);
+    f.host.settle();
+}
+
+#[test]
+fn a_sender_that_nobody_serves_gives_up_after_its_retries() {
+    let mut f = field(2, 4);
+    f.send_empty(0, 1);
+    f.host.settle();
+    // Each retry has its time, and after the last one's there is an end.
+    for retry in 1..=u64::from(RNR_RETRIES) {
+        f.host.now = retry * rnr_timer_ns(RNR_TIMER) - 1;
+        f.host.settle();
+        assert_eq!(f.host.completions(&mut f.sent), []);
+        f.host.now += 1;
+        f.host.settle();
+    }
+    let got = f.host.completions(&mut f.sent);
+    let status: Vec<_> = got.iter().map(|c| u32::from(c.status)).collect();
+    assert_eq!(status, [WcStatus::RnrRetryExcErr.raw()]);
+    // It stands in nobody's way.
+    f.send_empty(1, 2);
+    f.host.settle();
+    f.host.post(&f.here, &mut f.srq, 5);
+    f.host.settle();
+    assert_eq!(f.received(), [vec![], vec![5]]);
+}
+
+#[test]
+fn a_retry_does_not_cost_a_sender_its_place() {
+    let mut f = field(2, 4);
+    f.send_empty(1, 1);
+    f.host.settle();
+    f.host.now = rnr_timer_ns(RNR_TIMER) / 2;
+    f.send_empty(0, 2);
+    f.host.settle();
+    f.host.now = rnr_timer_ns(RNR_TIMER);
+    f.host.settle();
+    f.host.post(&f.here, &mut f.srq, 5);
+    f.host.settle();
+    assert_eq!(f.received(), [vec![], vec![5]]);
+}
+
+#[test]
+fn a_slot_is_free_as_soon_as_it_is_taken() {
+    let mut f = field(3, 4);
+    // Nobody polls, several take, and completions lie in several queues: still there is room for
+    // as many requests as the queue holds, and no more.
+    for i in 0..50 {
+        for k in 0..4 {
+            assert!(f.host.try_post(&f.here, &mut f.srq, i * 4 + k, &[]));
+        }
+        assert!(!f.host.try_post(&f.here, &mut f.srq, 999, &[]));
+        for k in 0..4 {
+            f.send_empty(((i + k) % 3) as usize, 0);
+            f.host.settle();
+        }
+        let _ = f.host.completions(&mut f.sent);
+    }
+    let mut all = f.received().concat();
+    all.sort_unstable();
+    assert_eq!(all, (0..200).collect::<Vec<_>>());
+}
+
+#[test]
+fn an_index_that_runs_away_ends_that_session_alone() {
+    let mut f = field(1, 4);
+    let other = f.host.endpoint("10.0.0.3");
+    let other = f.host.process(other, 0);
+    let ring = f.host.engine.srqs.get(f.srq.handle).unwrap();
+    ring.ring().unwrap().publish(1 << 40);
+    f.send_empty(0, 1);
+    f.host.settle();
+    f.host.engine.reap();
+    assert!(f.host.engine.sessions.get(f.here.session).is_none());
+    let ended = f.host.engine.ended.back().unwrap();
+    assert!(ended.reason.contains("shared receive queue"), "{ended:?}");
+    assert!(f.host.engine.sessions.get(other.session).is_some());
+    assert!(f.host.engine.sessions.get(f.there.session).is_some());
+    // The sender finds that nobody answers.
+    f.host.now += 1_000_000_000_000;
+    for _ in 0..10 {
+        f.host.settle();
+        f.host.now += 1_000_000_000_000;
+    }
+    let got = f.host.completions(&mut f.sent);
+    let status: Vec<_> = got.iter().map(|c| u32::from(c.status)).collect();
+    assert_eq!(status, [WcStatus::RetryExcErr.raw()]);
+}
+
+#[test]
+fn a_queue_grows_and_shrinks_with_requests_in_it() {
+    let mut f = field(2, 4);
+    for wr_id in 0..4 {
+        f.host.post(&f.here, &mut f.srq, wr_id);
+    }
+    f.send_empty(0, 0);
+    f.host.settle();
+    let srq = f.srq.handle;
+    let resize = |max_wr, limit| {
+        Request::ModifySrq(ModifySrq {
+            srq,
+            max_wr: Some(max_wr),
+            limit,
+        })
+    };
+    let session = f.here.session;
+    assert_eq!(
+        f.host.ask(session, resize(2, None)).err(),
+        Some(Errno::INVAL)
+    );
+    assert_eq!(
+        f.host.ask(session, resize(16, Some(17))).err(),
+        Some(Errno::INVAL)
+    );
+    let Ok(Reply::Srq(made)) = f.host.ask(session, resize(16, Some(1))) else {
+        panic!("not resized");
+    };
+    assert_eq!((made.max_wr, made.srq), (16, srq));
+    f.srq.max_wr = 16;
+    for wr_id in 4..17 {
+        f.host.post(&f.here, &mut f.srq, wr_id);
+    }
+    assert!(!f.host.try_post(&f.here, &mut f.srq, 99, &[]));
+    for i in 1..17 {
+        f.send_empty(i % 2, 0);
+        f.host.settle();
+    }
+    let mut all = f.received().concat();
+    all.sort_unstable();
+    assert_eq!(all, (0..17).collect::<Vec<_>>());
+    // Senders that wait know of the new ring.
+    f.send_empty(0, 0);
+    f.host.settle();
+    assert!(f.host.ask(session, resize(1, None)).is_ok());
+    f.srq.max_wr = 1;
+    f.host.post(&f.here, &mut f.srq, 50);
+    f.host.settle();
+    assert_eq!(f.received().concat(), [50]);
+    let limit = Event::Srq(AsyncEventType::SrqLimitReached, srq);
+    assert_eq!(f.here.events(), [limit]);
+}
+
+#[test]
+fn the_last_request_that_was_taken_completes_before_the_event() {
+    let mut f = field(2, 4);
+    let (near, far) = (f.host.reg(&f.there, BIG), f.host.reg(&f.here, BIG));
+    let sge = |key: Key| Sge {
+        addr: 0,
+        length: BIG as u32,
+        lkey: key.0,
+    };
+    f.host.try_post(&f.here, &mut f.srq, 1, &[sge(far)]);
+    f.host.post(&f.here, &mut f.srq, 2);
+    f.host.send(&f.there, f.senders[0], 0, &[sge(near)], 0);
+    // A part of the message, then the receiver's error.
+    f.host.round();
+    assert_eq!(f.host.completions(&mut f.cqs[0]), []);
+    f.host.set_state(&f.here, f.receivers[0], QpState::Err);
+    assert_eq!(f.here.events(), []);
+    f.host.settle();
+    let got = f.host.completions(&mut f.cqs[0]);
+    let got: Vec<_> = got.iter().map(|c| (c.wr_id, c.status)).collect();
+    // What it had not taken is still there for the others.
+    assert_eq!(got, [(1, WcStatus::WrFlushErr.raw() as u8)]);
+    let last = |qp: Made| Event::Qp(AsyncEventType::QpLastWqeReached, qp.handle);
+    assert_eq!(f.here.events(), [last(f.receivers[0])]);
+    f.send_empty(1, 0);
+    f.host.settle();
+    assert_eq!(f.host.ids(&mut f.cqs[1]), [2]);
+    // Once for each time it goes to error.
+    f.host.set_state(&f.here, f.receivers[0], QpState::Err);
+    f.host.settle();
+    assert_eq!(f.here.events(), []);
+    f.host.set_state(&f.here, f.receivers[1], QpState::Reset);
+    f.host.set_state(&f.here, f.receivers[1], QpState::Reset);
+    f.host.settle();
+    assert_eq!(f.here.events(), []);
+}
+
+#[test]
+fn a_queue_is_busy_while_queue_pairs_use_it_and_leaves_nothing() {
+    let mut f = field(2, 4);
+    let destroy = Request::DestroySrq { srq: f.srq.handle };
+    let (here, there) = (f.here.session, f.there.session);
+    assert_eq!(f.host.ask(here, destroy.clone()), Err(Errno::BUSY));
+    assert_eq!(f.host.ask(there, destroy.clone()), Err(Errno::INVAL));
+    let pd = f.here.pd;
+    for qp in f.receivers.clone() {
+        let qp = qp.handle;
+        f.host.ask(here, Request::DestroyQp { qp }).unwrap();
+    }
+    let dealloc = Request::DeallocPd { pd };
+    assert_eq!(f.host.ask(here, dealloc.clone()), Err(Errno::BUSY));
+    assert_eq!(f.host.ask(here, destroy.clone()), Ok(Reply::Done));
+    assert_eq!(f.host.ask(here, destroy), Err(Errno::INVAL));
+    assert_eq!(f.host.ask(here, dealloc), Ok(Reply::Done));
+    let s = f.host.engine.sessions.get(here).unwrap();
+    assert_eq!((s.counts.srqs, s.counts.qps), (0, 0));
+    assert!(s.slots.iter().all(Option::is_none));
+}
+
+const FILE: FileId = FileId { dev: 8, ino: 77 };
+
+fn domain(
+    host: &mut Host,
+    p: &Process,
+    file: Option<FileId>,
+    create: bool,
+    exclusive: bool,
+) -> Result<Handle, Errno> {
+    let context = p.context;
+    let request = OpenXrcd {
+        context,
+        file,
+        create,
+        exclusive,
+    };
+    match host.ask(p.session, Request::OpenXrcd(request))? {
+        Reply::Created(xrcd) => Ok(xrcd),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn open(
+    host: &mut Host,
+    p: &Process,
+    xrcd: Handle,
+    qpn: Option<u32>,
+) -> Result<(Handle, u32), Errno> {
+    let request = OpenXrcQp {
+        context: p.context,
+        xrcd,
+        qpn: qpn.map(Qpn::new),
+    };
+    match host.ask(p.session, Request::OpenXrcQp(request))? {
+        Reply::XrcQp(made) => Ok((made.open, made.qpn.get())),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_domain_is_shared_within_an_endpoint_and_a_user() {
+    let mut host = Host::new();
+    let (a, b) = (host.endpoint("10.0.0.1"), host.endpoint("10.0.0.2"));
+    let (p, q) = (host.process(a, 1000), host.process(a, 1000));
+    let (other_user, elsewhere) = (host.process(a, 1001), host.process(b, 1000));
+    let file = Some(FILE);
+    assert_eq!(domain(&mut host, &p, file, false, false), Err(Errno::AGAIN));
+    let first = domain(&mut host, &p, file, true, true).unwrap();
+    assert_eq!(domain(&mut host, &q, file, true, true), Err(Errno::INVAL));
+    let second = domain(&mut host, &q, file, false, false).unwrap();
+    // Others meet nobody there.
+    for stranger in [&other_user, &elsewhere] {
+        let got = domain(&mut host, stranger, file, false, false);
+        assert_eq!(got, Err(Errno::AGAIN));
+    }
+    let third = domain(&mut host, &other_user, file, true, false).unwrap();
+    let private = domain(&mut host, &q, None, true, false).unwrap();
+    let (opened, qpn) = open(&mut host, &p, first, None).unwrap();
+    assert_eq!(
+        open(&mut host, &other_user, third, Some(qpn)),
+        Err(Errno::INVAL)
+    );
+    assert_eq!(open(&mut host, &q, private, Some(qpn)), Err(Errno::INVAL));
+    assert_eq!(open(&mut host, &q, first, Some(qpn)), Err(Errno::INVAL));
+    let (again, same) = open(&mut host, &q, second, Some(qpn)).unwrap();
+    assert_eq!(same, qpn);
+    // Another's opening is no handle of ours.
+    let close = |open| Request::CloseXrcQp { open };
+    assert_eq!(host.ask(q.session, close(opened)), Err(Errno::INVAL));
+    let shut = Request::CloseXrcd { xrcd: second };
+    assert_eq!(host.ask(q.session, shut.clone()), Err(Errno::BUSY));
+    // It lives as long as somebody has it open, also after its maker.
+    host.engine.end_session(p.session, crate::EndReason::Closed);
+    let query = Request::QueryXrcQp { open: again };
+    assert!(host.ask(q.session, query).is_ok());
+    assert_eq!(host.engine.qps.iter().count(), 1);
+    host.ask(q.session, close(again)).unwrap();
+    assert_eq!(host.engine.qps.iter().count(), 0);
+    assert!(host.engine.by_qpn.is_empty());
+    assert_eq!(host.ask(q.session, shut), Ok(Reply::Done));
+    // With the last one who had it open the domain is gone.
+    assert_eq!(domain(&mut host, &q, file, false, false), Err(Errno::AGAIN));
+}
+
+/// Two processes of one endpoint in one domain, each with a queue, and a sender elsewhere whose
+/// connection ends in the first one's queue pair.
+struct Xrc {
+    host: Host,
+    processes: [Process; 2],
+    xrcds: [Handle; 2],
+    srqs: [Srq; 2],
+    cqs: [Cq; 2],
+    open: Handle,
+    there: Process,
+    sender: Made,
+    sent: Cq,
+}
+
+fn xrc() -> Xrc {
+    let mut host = Host::new();
+    let (a, b) = (host.endpoint("10.0.0.1"), host.endpoint("10.0.0.2"));
+    let processes = [host.process(a, 0), host.process(a, 0)];
+    let there = host.process(b, 0);
+    let xrcds = [0, 1].map(|i| domain(&mut host, &processes[i], Some(FILE), true, false).unwrap());
+    let cqs = [0, 1].map(|i| host.cq(&processes[i]));
+    let srqs = [0, 1].map(|i| {
+        let xrc = XrcSrq {
+            xrcd: xrcds[i],
+            cq: cqs[i].handle,
+        };
+        host.srq(&processes[i], 8, Some(xrc))
+    });
+    let (open, qpn) = open(&mut host, &processes[0], xrcds[0], None).unwrap();
+    let sent = host.cq(&there);
+    let sender = host.qp(&there, QpType::XrcSend, (sent, None), None);
+    let (p, to) = (&processes[0], (there.gid, sender.qpn));
+    host.connect(p, to, |attr, mask| Request::ModifyXrcQp {
+        open,
+        attr,
+        mask,
+    });
+    host.connect_own(&there, sender, (processes[0].gid, qpn));
+    Xrc {
+        host,
+        processes,
+        xrcds,
+        srqs,
+        cqs,
+        open,
+        there,
+        sender,
+        sent,
+    }
+}
+
+#[test]
+fn one_connection_reaches_the_queues_of_all_processes_in_the_domain() {
+    let mut x = xrc();
+    for i in 0..6 {
+        let k = (i % 2) as usize;
+        x.host.post(&x.processes[k], &mut x.srqs[k], 10 + i);
+        let number = x.srqs[k].number.unwrap();
+        x.host.send(&x.there, x.sender, i, &[], number);
+        x.host.settle();
+        assert_eq!(x.host.ids(&mut x.cqs[k]), [10 + i]);
+    }
+    assert_eq!(x.host.ids(&mut x.sent), [0, 1, 2, 3, 4, 5]);
+    // An empty queue is not ready; the wait ends with a post to that very queue.
+    x.host
+        .send(&x.there, x.sender, 6, &[], x.srqs[1].number.unwrap());
+    x.host.settle();
+    x.host.post(&x.processes[0], &mut x.srqs[0], 50);
+    x.host.settle();
+    assert_eq!(x.host.completions(&mut x.sent), []);
+    x.host.post(&x.processes[1], &mut x.srqs[1], 51);
+    x.host.settle();
+    assert_eq!(x.host.ids(&mut x.cqs[1]), [51]);
+    assert_eq!(x.host.ids(&mut x.sent), [6]);
+}
+
+#[test]
+fn a_queue_that_is_not_in_the_domain_is_an_invalid_request() {
+    for other_domain in [true, false] {
+        let mut x = xrc();
+        let number = if other_domain {
+            let p = &x.processes[1];
+            let xrcd = domain(&mut x.host, p, None, true, false).unwrap();
+            let cq = x.cqs[1].handle;
+            let mut srq = x.host.srq(p, 4, Some(XrcSrq { xrcd, cq }));
+            x.host.post(p, &mut srq, 1);
+            srq.number.unwrap()
+        } else {
+            x.srqs[1].number.unwrap() ^ 1
+        };
+        x.host.send(&x.there, x.sender, 1, &[], number);
+        x.host.settle();
+        let got = x.host.completions(&mut x.sent);
+        let status: Vec<_> = got.iter().map(|c| u32::from(c.status)).collect();
+        assert_eq!(status, [WcStatus::RemInvReqErr.raw()]);
+        assert_eq!(x.host.completions(&mut x.cqs[1]), []);
+        let error = Event::XrcQp(AsyncEventType::QpReqErr, x.open);
+        assert_eq!(x.processes[0].events(), [error]);
+        let query = Request::QueryXrcQp { open: x.open };
+        let Ok(Reply::QpQueried(now)) = x.host.ask(x.processes[0].session, query) else {
+            panic!("no attributes");
+        };
+        assert_eq!(now.attr.state, QpState::Err);
+    }
+}
+
+#[test]
+fn a_queue_destroyed_amid_a_message_completes_no_more() {
+    let mut x = xrc();
+    let (near, far) = (x.host.reg(&x.there, BIG), x.host.reg(&x.processes[1], BIG));
+    let sge = |key: Key| Sge {
+        addr: 0,
+        length: BIG as u32,
+        lkey: key.0,
+    };
+    let number = x.srqs[1].number.unwrap();
+    x.host
+        .try_post(&x.processes[1], &mut x.srqs[1], 1, &[sge(far)]);
+    x.host.send(&x.there, x.sender, 1, &[sge(near)], number);
+    x.host.round();
+    let session = x.processes[1].session;
+    let shut = Request::CloseXrcd { xrcd: x.xrcds[1] };
+    assert_eq!(x.host.ask(session, shut.clone()), Err(Errno::BUSY));
+    let cq = Request::DestroyCq {
+        cq: x.cqs[1].handle,
+    };
+    assert_eq!(x.host.ask(session, cq), Err(Errno::BUSY));
+    let destroy = Request::DestroySrq {
+        srq: x.srqs[1].handle,
+    };
+    assert_eq!(x.host.ask(session, destroy), Ok(Reply::Done));
+    x.host.settle();
+    assert_eq!(x.host.completions(&mut x.cqs[1]), []);
+    let got = x.host.completions(&mut x.sent);
+    let status: Vec<_> = got.iter().map(|c| u32::from(c.status)).collect();
+    assert_eq!(status, [WcStatus::RemInvReqErr.raw()]);
+    assert_eq!(x.host.ask(session, shut), Ok(Reply::Done));
+}
+
+#[test]
+fn an_event_comes_to_all_who_have_the_queue_pair_open() {
+    let mut x = xrc();
+    let qpn = {
+        let q = x.host.engine.qps.iter().find(|(_, q)| q.xrc.is_some());
+        q.unwrap().1.qpn.get()
+    };
+    let (again, _) = open(&mut x.host, &x.processes[1], x.xrcds[1], Some(qpn)).unwrap();
+    x.host.send(&x.there, x.sender, 1, &[], 1);
+    x.host.settle();
+    let error = |open| [Event::XrcQp(AsyncEventType::QpReqErr, open)];
+    assert_eq!(x.processes[0].events(), error(x.open));
+    assert_eq!(x.processes[1].events(), error(again));
+}
