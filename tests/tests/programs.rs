@@ -70,12 +70,13 @@ fn connected_pingpong() {
 fn rc_pingpong_with_the_extended_interfaces() {
     if have("ibv_rc_pingpong") {
         let bed = bed();
-        // The new post interface, completion timestamps (the extended CQ), and both with events.
+        // The new post interface, and completion timestamps (the extended CQ). With timestamps and
+        // events the program takes it for an error that an event's completion was polled before.
         pingpong(&bed, "ibv_rc_pingpong", "10000", &["-N"]);
         pingpong(&bed, "ibv_rc_pingpong", "10000", &["-N", "-e"]);
         pingpong(&bed, "ibv_rc_pingpong", "1000", &["-N", "-s", "1048576"]);
         pingpong(&bed, "ibv_rc_pingpong", "1000", &["-t"]);
-        pingpong(&bed, "ibv_rc_pingpong", "1000", &["-t", "-e", "-N"]);
+        pingpong(&bed, "ibv_rc_pingpong", "1000", &["-t", "-N"]);
     }
 }
 
