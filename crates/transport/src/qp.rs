@@ -51,9 +51,9 @@ pub enum Next {
 /// Why a responder refuses a request (IBTA volume 1, 9.7.5.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Nak {
-    /// The queue pair does not take such requests.
+    /// The queue pair does not take such requests, or this one is malformed.
     InvalidRequest,
-    /// The queue pair's access flags do not allow it.
+    /// The key does not open that memory for it.
     RemoteAccess,
 }
 
@@ -179,9 +179,9 @@ impl Qp {
         )
     }
 
-    /// Responder: whether the queue pair takes such a request (IBTA volume 1, 9.7.4.1.5: an
-    /// operation that the access flags do not enable is an access error; 9.7.4.1.6: reads and
-    /// atomics beyond the resources granted are invalid).
+    /// Responder: whether the queue pair takes such a request. An operation that its access flags
+    /// do not enable is invalid, as is a read or atomic beyond the resources granted: only a key
+    /// can be an access error (IBTA volume 1, table 57, "unsupported or reserved opcode"; 11.6.2).
     pub fn check_request(&self, opcode: Opcode) -> Result<(), Nak> {
         use freeflow_types::Access;
         let need = match opcode {
@@ -190,13 +190,12 @@ impl Qp {
             Opcode::CompareSwap | Opcode::FetchAdd => Access::REMOTE_ATOMIC,
             Opcode::Send | Opcode::SendImm => Access::empty(),
         };
-        if !self.attr.access.contains(need) {
-            return Err(Nak::RemoteAccess);
+        let granted = !opcode.is_read_like() || self.attr.max_dest_rd_atomic != 0;
+        if self.attr.access.contains(need) && granted {
+            Ok(())
+        } else {
+            Err(Nak::InvalidRequest)
         }
-        if opcode.is_read_like() && self.attr.max_dest_rd_atomic == 0 {
-            return Err(Nak::InvalidRequest);
-        }
-        Ok(())
     }
 
     /// Requester: what to do after an attempt at the request at the head.
@@ -356,7 +355,10 @@ mod tests {
         use freeflow_types::Access;
         let mut qp = qp(QpType::Rc, 10, 0, 0);
         assert_eq!(qp.check_request(Opcode::Send), Ok(()));
-        assert_eq!(qp.check_request(Opcode::RdmaWrite), Err(Nak::RemoteAccess));
+        assert_eq!(
+            qp.check_request(Opcode::RdmaWrite),
+            Err(Nak::InvalidRequest)
+        );
         qp.attr.access = Access::all();
         assert_eq!(qp.check_request(Opcode::RdmaWrite), Ok(()));
         assert_eq!(qp.check_request(Opcode::RdmaRead), Err(Nak::InvalidRequest));
