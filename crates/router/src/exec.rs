@@ -2,7 +2,7 @@
 
 use freeflow_session::Handle;
 use freeflow_shm::{CompletionEntry, SendEntry, Sge};
-use freeflow_transport::{Next, Outcome, check_send};
+use freeflow_transport::{Nak, Next, Outcome, check_send};
 use freeflow_types::{Access, AsyncEventType, Gid, Opcode, QpState, QpType, SendFlags, WcStatus};
 
 use crate::EndReason;
@@ -144,8 +144,7 @@ impl Engine {
         let peer = self.peer(qp).ok_or(Outcome::NoResponse)?;
         let p = self.responder(qp, peer).ok_or(Outcome::NoResponse)?;
         if let Err(nak) = p.transport.check_request(opcode) {
-            self.nak(peer, nak.event());
-            return Err(nak.outcome());
+            return Err(self.refuse(qp_type, peer, nak));
         }
         let (responder_pd, srq) = self.target(peer, request)?;
         if opcode.consumes_recv() {
@@ -163,16 +162,14 @@ impl Engine {
             // The key of a request of no bytes is not looked at (IBTA volume 1, 9.7.5.1.1).
             Some(rights) if request.len != 0 => {
                 if opcode.is_atomic() && !request.entry.remote_addr.is_multiple_of(8) {
-                    self.nak(peer, Some(AsyncEventType::QpReqErr));
-                    return Err(Outcome::RemoteInvalidRequest);
+                    return Err(self.refuse(qp_type, peer, Nak::InvalidRequest));
                 }
                 let key = request.entry.rkey;
                 if self
                     .remote_spans(responder_pd, key, remote, rights, (*done, part), far)
                     .is_none()
                 {
-                    self.nak(peer, Some(AsyncEventType::QpAccessErr));
-                    return Err(Outcome::RemoteAccess);
+                    return Err(self.refuse(qp_type, peer, Nak::RemoteAccess));
                 }
             }
             Some(_) => {}
@@ -183,9 +180,11 @@ impl Engine {
                 let local = (fault == Fault::Source) != opcode.is_read_like();
                 if local {
                     Outcome::LocalProtection
-                } else {
+                } else if qp_type.is_reliable() {
                     self.nak(peer, None);
                     Outcome::RemoteOperation
+                } else {
+                    Outcome::Delivered
                 }
             })?;
         *done += part;

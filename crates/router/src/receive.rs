@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use freeflow_session::Handle;
 use freeflow_shm::{CompletionEntry, RecvEntry, SendEntry};
-use freeflow_transport::Outcome;
+use freeflow_transport::{Nak, Outcome};
 use freeflow_types::{
     Access, AsyncEventType, GRH_BYTES, Gid, Opcode, QpState, QpType, Qpn, SendFlags, WcFlags,
     WcOpcode, WcStatus,
@@ -159,6 +159,17 @@ impl Engine {
             e.counters.received_messages += 1;
             e.counters.received_bytes += request.len;
         }
+    }
+
+    /// A responder refuses a request. Of an unreliable sender's it drops it without a word: the
+    /// sender has sent it, and the next message finds the responder as it was (IBTA volume 1,
+    /// 9.9.3.1, class D).
+    pub(crate) fn refuse(&mut self, sender: QpType, qp: Handle, nak: Nak) -> Outcome {
+        if !sender.is_reliable() {
+            return Outcome::Delivered;
+        }
+        self.nak(qp, nak.event());
+        nak.outcome()
     }
 
     /// A request was refused at the responder; a reliable one enters the error state (IBTA
