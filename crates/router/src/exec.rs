@@ -2,7 +2,7 @@
 
 use freeflow_session::Handle;
 use freeflow_shm::{CompletionEntry, SendEntry, Sge};
-use freeflow_transport::{Nak, Next, Outcome, check_send};
+use freeflow_transport::{Nak, Next, Outcome, PostError, check_send};
 use freeflow_types::{Access, AsyncEventType, Gid, Opcode, QpState, QpType, SendFlags, WcStatus};
 
 use crate::EndReason;
@@ -127,7 +127,7 @@ impl Engine {
         let mtu = q.transport.attr().path_mtu;
         let (n, cap) = (request.entry.num_sge.into(), &q.transport.attr().cap);
         check_send(qp_type, cap, opcode, request.flags, n, request.len, mtu)
-            .map_err(|_| Outcome::LocalQpOperation)?;
+            .map_err(PostError::outcome)?;
         let part = (request.len - *done).min(TURN_BYTES);
         let need = if opcode.is_read_like() {
             Access::LOCAL_WRITE

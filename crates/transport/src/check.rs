@@ -2,6 +2,8 @@
 
 use freeflow_types::{MAX_MESSAGE, Mtu, Opcode, QpCap, QpType, SendFlags};
 
+use crate::qp::Outcome;
+
 /// Why a send request is refused (`ibv_post_send(3)`: EINVAL).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PostError {
@@ -23,6 +25,16 @@ pub enum PostError {
     /// A datagram fits one packet, a message 2^31 bytes.
     #[error("{0} bytes, at most {1}")]
     Length(u64, u64),
+}
+
+impl PostError {
+    /// How a request fails that was posted all the same.
+    pub fn outcome(self) -> Outcome {
+        match self {
+            PostError::Length(..) => Outcome::LocalLength,
+            _ => Outcome::LocalQpOperation,
+        }
+    }
 }
 
 /// Checks a send request of `elements` and `len` bytes in all.

@@ -31,6 +31,8 @@ pub enum Outcome {
     RemoteOperation,
     /// A local key does not allow it.
     LocalProtection,
+    /// The message is longer than the service carries.
+    LocalLength,
     /// The request is not legal on this queue pair.
     LocalQpOperation,
 }
@@ -234,6 +236,7 @@ impl Qp {
             Outcome::RemoteInvalidRequest => WcStatus::RemInvReqErr,
             Outcome::RemoteOperation => WcStatus::RemOpErr,
             Outcome::LocalProtection => WcStatus::LocProtErr,
+            Outcome::LocalLength => WcStatus::LocLenErr,
             Outcome::LocalQpOperation => WcStatus::LocQpOpErr,
         };
         self.forget_attempts();
