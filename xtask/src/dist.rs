@@ -14,6 +14,9 @@ const LIBRARIES: [(&str, &str, &str); 2] = [
     ("librdmacm.so", "librdmacm.so.1", "librdmacm.so"),
 ];
 
+/// The command, and the suite that checks any device.
+const PROGRAMS: [&str; 2] = ["freeflow", "ff-conform"];
+
 /// Builds and lays out `target/dist`; returns its path.
 pub(crate) fn dist() -> Result<PathBuf> {
     let packages = [
@@ -23,6 +26,8 @@ pub(crate) fn dist() -> Result<PathBuf> {
         "freeflow-verbs",
         "-p",
         "freeflow-rdmacm",
+        "-p",
+        "freeflow-conformance",
     ];
     run(cargo(&["build", "--release", "--quiet"]).args(packages))?;
     let (built, dist) = (target().join("release"), target().join("dist"));
@@ -30,7 +35,9 @@ pub(crate) fn dist() -> Result<PathBuf> {
     for dir in [&bin, &lib] {
         fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     }
-    place(&built.join("freeflow"), &bin.join("freeflow"))?;
+    for program in PROGRAMS {
+        place(&built.join(program), &bin.join(program))?;
+    }
     for (from, name, link) in LIBRARIES {
         place(&built.join(from), &lib.join(name))?;
         let link = lib.join(link);

@@ -383,6 +383,7 @@ pub(crate) fn serve(env: &Env, mut stream: UnixStream) {
 pub(crate) fn listen(env: &Env, path: &Path) -> std::io::Result<()> {
     let _ = std::fs::remove_file(path);
     let listener = UnixListener::bind(path)?;
+    println!("serving at {}", path.display());
     let mut children: Vec<Child> = Vec::new();
     for stream in listener.incoming() {
         children.retain_mut(|child| !matches!(child.try_wait(), Ok(Some(_))));
