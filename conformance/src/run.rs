@@ -192,10 +192,7 @@ pub(crate) fn all(env: &Env, options: &Options) -> ExitCode {
                 skipped += 1;
                 (
                     "differs",
-                    format!(
-                        "{}: {}; {} is right ({why})",
-                        known.device, known.what, known.right
-                    ),
+                    format!("{}; {} is right ({why})", known.what, known.right),
                 )
             }
             (End::Fail(why), None) => {

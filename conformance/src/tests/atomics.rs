@@ -10,10 +10,10 @@ use crate::verbs::Target;
 tests! { "atomics";
     compare_and_swap Anywhere "ibv_post_send(3): IBV_WR_ATOMIC_CMP_AND_SWP";
     fetch_and_add Anywhere "ibv_post_send(3): IBV_WR_ATOMIC_FETCH_AND_ADD";
-    unaligned Anywhere "rule 18; IBTA table 57: a misaligned atomic is an invalid request";
-    one_element_of_eight_bytes OneProcess "rule 18; ibv_post_send(3): atomics have one element of 8 bytes";
+    unaligned Anywhere "IBTA table 57: a misaligned atomic is an invalid request";
+    one_element_of_eight_bytes OneProcess "ibv_post_send(3): atomics have one element of 8 bytes";
     atomic_among_queue_pairs OneProcess "ibv_query_device(3): IBV_ATOMIC_HCA";
-    mixed_with_writes_and_reads OneProcess "rule 18: neighbours of the word are not touched, none is torn";
+    mixed_with_writes_and_reads OneProcess "neighbours of the word are not touched, none is torn";
 }
 
 fn offered(pair: &Pair) -> Outcome {

@@ -6,13 +6,13 @@ use crate::suite::{Env, LONG, Op, Outcome, Pair, QUIET, Side, Spec, check, fail,
 use crate::verbs::{SendList, Wc, pattern};
 
 tests! { "completions";
-    failed_unsignaled_completes Anywhere "rule 1; ibv_post_send(3): errors complete whatever the flags";
+    failed_unsignaled_completes Anywhere "ibv_post_send(3): errors complete whatever the flags";
     unsignaled_success_is_silent Anywhere "ibv_post_send(3): IBV_SEND_SIGNALED";
     all_signaled Anywhere "ibv_create_qp(3): sq_sig_all";
-    flush_is_complete_and_in_order Anywhere "rule 2; IBTA 10.3.1.5: all outstanding requests are flushed";
-    flush_while_posting OneProcess "rule 2: posting while the queue pair enters ERR";
-    million_wraps Anywhere "rule 3: slots come back with later signaled completions";
-    no_stale_bytes_after_a_wrap Anywhere "rule 25: each slot is written anew";
+    flush_is_complete_and_in_order Anywhere "IBTA 10.3.1.5: all outstanding requests are flushed";
+    flush_while_posting OneProcess "posting while the queue pair enters ERR";
+    million_wraps Anywhere "slots come back with later signaled completions";
+    no_stale_bytes_after_a_wrap Anywhere "each slot is written anew";
     completions_are_in_order_of_posting Anywhere "IBTA 10.8.5: send requests complete in order";
     poll_takes_no_more_than_asked Anywhere "ibv_poll_cq(3): num_entries";
     received_length_of_writes_with_immediate Anywhere "ibv_poll_cq(3): byte_len of IBV_WC_RECV_RDMA_WITH_IMM";

@@ -6,10 +6,10 @@ use crate::suite::{Env, Op, Outcome, Pair, QKEY, Side, Spec, check, same, tests}
 use crate::verbs::{Ah, Send, Target, pattern};
 
 tests! { "datagram";
-    header_of_forty_bytes Anywhere "rule 26; IBTA annex A17: GRH, or an IPv4 header in its last 20 bytes";
+    header_of_forty_bytes Anywhere "IBTA annex A17: GRH, or an IPv4 header in its last 20 bytes";
     answer_by_completion OneProcess "ibv_create_ah_from_wc(3)";
     queue_key_must_match Anywhere "IBTA 10.2.5, 9.8.3.1: a wrong Q_Key is dropped in silence";
-    queue_key_with_the_high_bit Anywhere "rule 26; IBTA 10.2.5: the high bit means the sender's own Q_Key";
+    queue_key_with_the_high_bit Anywhere "IBTA 10.2.5: the high bit means the sender's own Q_Key";
     no_receive_is_no_error Anywhere "IBTA 9.8.3: dropped in silence";
     receive_too_short Anywhere "IBTA 9.8.3: a datagram that does not fit";
     up_to_the_mtu Anywhere "IBTA 9.8.3: one packet, as long as the port's MTU";

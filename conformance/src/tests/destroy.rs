@@ -8,13 +8,13 @@ use crate::suite::{End, Env, LONG, Op, Outcome, Pair, QUIET, Side, Spec, Stop, c
 use crate::verbs::{Cq, Qp, Recv, verb};
 
 tests! { "destroy";
-    purges_only_its_own_completions OneProcess "rule 6; ibv_destroy_qp(3)";
-    while_another_thread_polls OneProcess "rule 7";
-    without_error_flushes_nothing OneProcess "rule 8: no completion comes from destroying";
-    error_first_flushes_all OneProcess "rule 8: ERR, then all receives are flushed";
+    purges_only_its_own_completions OneProcess "ibv_destroy_qp(3)";
+    while_another_thread_polls OneProcess "ibv_destroy_qp(3): verbs are thread-safe";
+    without_error_flushes_nothing OneProcess "no completion comes from destroying";
+    error_first_flushes_all OneProcess "ERR, then all receives are flushed";
     with_work_outstanding OneProcess "ibv_destroy_qp(3): outstanding work does not stop it";
     busy_objects OneProcess "ibv_destroy_cq(3), ibv_dealloc_pd(3): EBUSY while used";
-    numbers_are_not_reused_for_old_traffic OneProcess "rule 24: a new queue pair gets nothing of the old one";
+    numbers_are_not_reused_for_old_traffic OneProcess "a new queue pair gets nothing of the old one";
     peer_process_dies TwoProcesses "ibv_poll_cq(3): IBV_WC_RETRY_EXC_ERR when the peer is gone";
     many_times OneProcess "objects can be made and destroyed without end";
 }

@@ -6,7 +6,7 @@ use crate::suite::{Env, LONG, Op, Outcome, Pair, QUIET, Side, Spec, same, tests}
 use crate::verbs::Attr;
 
 tests! { "drain";
-    drains_and_tells_once Anywhere "rule 28; IBTA 10.3.1.5: SQD, IBV_EVENT_SQ_DRAINED";
+    drains_and_tells_once Anywhere "IBTA 10.3.1.5: SQD, IBV_EVENT_SQ_DRAINED";
     work_posted_while_drained_waits Anywhere "IBTA 10.3.1.5: posted in SQD, executed in RTS";
     no_event_unless_asked Anywhere "ibv_modify_qp(3): en_sqd_async_notify";
     attributes_change_while_drained Anywhere "ibv_modify_qp(3): SQD to SQD";

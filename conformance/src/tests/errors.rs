@@ -6,18 +6,18 @@ use crate::suite::{Env, LONG, Op, Outcome, Pair, QUIET, Side, Spec, check, same,
 use crate::verbs::{Mr, Pd, Recv, Send, Target};
 
 tests! { "errors";
-    bad_lkey Anywhere "rule 17; ibv_poll_cq(3): IBV_WC_LOC_PROT_ERR";
-    lkey_of_another_domain OneProcess "rule 17; IBTA 10.2.3: a key belongs to its protection domain";
-    lkey_past_the_end Anywhere "rule 17: the element lies within its region";
-    lkey_without_local_write Anywhere "rule 17; ibv_reg_mr(3): IBV_ACCESS_LOCAL_WRITE";
-    bad_rkey Anywhere "rule 17; IBTA table 57: R_Key violation is a remote access error";
-    rkey_past_the_end Anywhere "rule 17; IBTA 9.7.4.1.5";
-    rkey_address_wraps Anywhere "rule 17: address + length does not wrap";
-    rkey_of_another_domain Anywhere "rule 17; IBTA 10.2.3";
-    rkey_without_the_right Anywhere "rule 17; ibv_reg_mr(3): remote rights";
+    bad_lkey Anywhere "ibv_poll_cq(3): IBV_WC_LOC_PROT_ERR";
+    lkey_of_another_domain OneProcess "IBTA 10.2.3: a key belongs to its protection domain";
+    lkey_past_the_end Anywhere "the element lies within its region";
+    lkey_without_local_write Anywhere "ibv_reg_mr(3): IBV_ACCESS_LOCAL_WRITE";
+    bad_rkey Anywhere "IBTA table 57: R_Key violation is a remote access error";
+    rkey_past_the_end Anywhere "IBTA 9.7.4.1.5";
+    rkey_address_wraps Anywhere "address + length does not wrap";
+    rkey_of_another_domain Anywhere "IBTA 10.2.3";
+    rkey_without_the_right Anywhere "ibv_reg_mr(3): remote rights";
     queue_pair_without_the_right Anywhere "IBTA table 57: a function not set up is an invalid request";
     no_resources_for_reads Anywhere "IBTA table 57: reads with no responder resources are invalid requests";
-    receive_too_short Anywhere "rule 27; IBTA table 57: LOC_LEN_ERR and REM_INV_REQ_ERR";
+    receive_too_short Anywhere "IBTA table 57: LOC_LEN_ERR and REM_INV_REQ_ERR";
     receive_with_bad_lkey Anywhere "IBTA table 57: LOC_PROT_ERR and REM_OP_ERR";
     rest_is_flushed Anywhere "IBTA 10.3.1.5: what follows a failed request is flushed";
     events_at_the_responder Anywhere "ibv_get_async_event(3): IBV_EVENT_QP_ACCESS_ERR, IBV_EVENT_QP_REQ_ERR";

@@ -13,7 +13,7 @@ tests! { "extended";
     failure_posts_nothing OneProcess "ibv_wr_complete(3): all or nothing";
     operations_of_other_services OneProcess "ibv_create_qp_ex(3): send_ops_flags the service does not have";
     start_locks_out_other_threads OneProcess "ibv_wr_start(3): thread-safe until ibv_wr_complete";
-    poll_consumes_what_was_read OneProcess "rule 5; ibv_create_cq_ex(3)";
+    poll_consumes_what_was_read OneProcess "ibv_create_cq_ex(3)";
     poll_reads_every_field OneProcess "ibv_create_cq_ex(3): wc_flags";
     timestamps_grow OneProcess "ibv_create_cq_ex(3): IBV_WC_EX_WITH_COMPLETION_TIMESTAMP";
 }

@@ -6,11 +6,11 @@ use crate::suite::{Env, Op, Outcome, Pair, Side, Spec, check, same, tests};
 use crate::verbs::{Sge, pattern};
 
 tests! { "inline";
-    limit_counts_all_elements Anywhere "rule 11; ibv_post_send(3): IBV_SEND_INLINE, max_inline_data";
-    limit_is_counted_in_64_bits OneProcess "rule 11: the sum does not wrap";
+    limit_counts_all_elements Anywhere "ibv_post_send(3): IBV_SEND_INLINE, max_inline_data";
+    limit_is_counted_in_64_bits OneProcess "the sum does not wrap";
     needs_no_key_and_may_be_reused Anywhere "ibv_post_send(3): the lkey is not checked, the buffer is free at once";
     with_every_operation Anywhere "ibv_post_send(3): IBV_SEND_INLINE for SEND and RDMA WRITE";
-    not_with_reads_and_atomics OneProcess "ibv_post_send(3): IBV_SEND_INLINE; rule 18";
+    not_with_reads_and_atomics OneProcess "ibv_post_send(3): IBV_SEND_INLINE";
 }
 
 fn limit_counts_all_elements(env: &Env) -> Outcome {

@@ -8,7 +8,7 @@ use crate::suite::{Env, LONG, Op, Outcome, Pair, Side, Spec, check, fail, same, 
 use crate::verbs::pattern;
 
 tests! { "order";
-    fence_waits_for_reads Anywhere "rule 10; ibv_post_send(3): IBV_SEND_FENCE";
+    fence_waits_for_reads Anywhere "ibv_post_send(3): IBV_SEND_FENCE";
     write_before_send Anywhere "IBTA 9.5: a message is seen after the writes before it";
     data_before_completion Anywhere "IBTA 10.8.5: a completion is seen after its data";
     read_after_write Anywhere "IBTA table 79: a read sees the writes before it";

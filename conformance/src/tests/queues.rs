@@ -8,11 +8,11 @@ use crate::verbs::{Cq, CqEx, name_of, operation, verb};
 tests! { "queues";
     size_is_at_least_what_was_asked OneProcess "ibv_create_cq(3): cqe";
     sizes_out_of_range OneProcess "ibv_create_cq(3): EINVAL";
-    overrun OneProcess "rule 4; ibv_get_async_event(3): IBV_EVENT_CQ_ERR, once, never silent";
+    overrun OneProcess "ibv_get_async_event(3): IBV_EVENT_CQ_ERR, once, never silent";
     full_is_no_overrun Anywhere "ibv_create_cq(3): cqe completions fit";
-    resize_keeps_completions OneProcess "rule 21; ibv_resize_cq(3)";
+    resize_keeps_completions OneProcess "ibv_resize_cq(3)";
     resize_below_what_is_there OneProcess "ibv_resize_cq(3): outstanding completions are never lost";
-    resize_under_load OneProcess "rule 21: resizing while completions come";
+    resize_under_load OneProcess "resizing while completions come";
     moderation OneProcess "ibv_modify_cq(3)";
     flags OneProcess "ibv_create_cq_ex(3): single-threaded, ignore overrun";
 }

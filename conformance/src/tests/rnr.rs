@@ -7,13 +7,13 @@ use freeflow_abi::*;
 use crate::suite::{Env, Op, Outcome, Pair, Side, Spec, check, same, tests};
 
 tests! { "rnr";
-    no_retry Anywhere "rule 19; ibv_modify_qp(3): rnr_retry 0";
-    counted_retries Anywhere "rule 19; IBTA 9.7.5.2.8: rnr_retry n waits n timers";
-    for_ever Anywhere "rule 19; ibv_modify_qp(3): rnr_retry 7 retries for ever";
+    no_retry Anywhere "ibv_modify_qp(3): rnr_retry 0";
+    counted_retries Anywhere "IBTA 9.7.5.2.8: rnr_retry n waits n timers";
+    for_ever Anywhere "ibv_modify_qp(3): rnr_retry 7 retries for ever";
     only_what_needs_a_receive Anywhere "IBTA 9.7.5.2.8: writes and reads need no receive";
     write_with_immediate_needs_a_receive Anywhere "IBTA 9.7.5.2.8";
-    is_no_timeout Anywhere "rule 19: a peer that is not ready is not gone";
-    peer_is_gone Anywhere "rule 19; ibv_poll_cq(3): IBV_WC_RETRY_EXC_ERR";
+    is_no_timeout Anywhere "a peer that is not ready is not gone";
+    peer_is_gone Anywhere "ibv_poll_cq(3): IBV_WC_RETRY_EXC_ERR";
     peer_is_in_error Anywhere "IBTA 9.9.2.1.2: a queue pair in ERR does not answer";
     unreliable_loses_in_silence Anywhere "IBTA 9.8.2.2: no receive, no error";
 }

@@ -10,7 +10,7 @@ tests! { "windows";
     type2_bind_by_work_request OneProcess "ibv_post_send(3): IBV_WR_BIND_MW";
     bounds_and_rights OneProcess "ibv_bind_mw(3): address, length, mw_access_flags";
     region_without_bind_right OneProcess "ibv_reg_mr(3): IBV_ACCESS_MW_BIND";
-    region_is_busy_while_bound OneProcess "ibv_dereg_mr(3): EBUSY while a window is bound";
+    region_is_busy_while_bound OneProcess "ibv_dereg_mr(3): fails while a window is bound";
     local_invalidate OneProcess "ibv_post_send(3): IBV_WR_LOCAL_INV";
     send_with_invalidate OneProcess "ibv_post_send(3): IBV_WR_SEND_WITH_INV; wc.invalidated_rkey";
     by_the_extended_interface OneProcess "ibv_wr_bind_mw(3), ibv_wr_local_inv(3), ibv_wr_send_inv(3)";
@@ -86,6 +86,7 @@ fn bind2(pair: &Pair, mw: &Mw, mr: &Mr, at: u64, length: u64, access: u32) -> Ou
     let wc = far.one(Side::Send)?;
     same!((wc.wr_id, wc.status), (71, IBV_WC_SUCCESS), "completion of the binding");
     same!(wc.opcode, IBV_WC_BIND_MW, "opcode of the binding");
+    mw.set_rkey(key);
     Ok(key)
 }
 
@@ -95,7 +96,7 @@ fn write(pair: &Pair, addr: u64, rkey: u32, len: usize) -> Outcome<u32> {
 
 fn type1_bind_and_unbind(env: &Env) -> Outcome {
     let pair = pair(env)?;
-    let (mw, mr) = (window(&pair, IBV_MW_TYPE_1)?, region(&pair)?);
+    let (mr, mw) = (region(&pair)?, window(&pair, IBV_MW_TYPE_1)?);
     same!(bind1(&pair, &mw, &mr, 1000, 500, IBV_ACCESS_REMOTE_WRITE)?, 0, "binding");
     pair.near.put(0, &[0x61; 100])?;
     same!(write(&pair, mr.base + 1100, mw.rkey(), 100)?, IBV_WC_SUCCESS, "write through the window");
@@ -109,7 +110,7 @@ fn type1_bind_and_unbind(env: &Env) -> Outcome {
 fn type2_bind_by_work_request(env: &Env) -> Outcome {
     let pair = pair(env)?;
     type2(&pair)?;
-    let (mw, mr) = (window(&pair, IBV_MW_TYPE_2)?, region(&pair)?);
+    let (mr, mw) = (region(&pair)?, window(&pair, IBV_MW_TYPE_2)?);
     let key = bind2(&pair, &mw, &mr, 0, 4096, IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ)?;
     pair.near.put(0, &[0x62; 100])?;
     same!(write(&pair, mr.base + 8, key, 100)?, IBV_WC_SUCCESS, "write through the window");
@@ -125,7 +126,7 @@ fn bounds_and_rights(env: &Env) -> Outcome {
     ] {
         let pair = pair(env)?;
         type2(&pair)?;
-        let (mw, mr) = (window(&pair, IBV_MW_TYPE_2)?, region(&pair)?);
+        let (mr, mw) = (region(&pair)?, window(&pair, IBV_MW_TYPE_2)?);
         let key = bind2(&pair, &mw, &mr, 1000, 500, access)?;
         same!(write(&pair, mr.base + at, key, len)?, IBV_WC_REM_ACCESS_ERR, "{what}");
     }
@@ -163,13 +164,13 @@ fn region_without_bind_right(env: &Env) -> Outcome {
 fn region_is_busy_while_bound(env: &Env) -> Outcome {
     let pair = pair(env)?;
     type2(&pair)?;
-    let (mw, mr) = (window(&pair, IBV_MW_TYPE_2)?, region(&pair)?);
+    let (mr, mw) = (region(&pair)?, window(&pair, IBV_MW_TYPE_2)?);
     bind2(&pair, &mw, &mr, 0, 4096, IBV_ACCESS_REMOTE_WRITE)?;
     let got = crate::verbs::verb!(ibv_dereg_mr(mr.ptr));
     if got == 0 {
         std::mem::forget(mr);
     }
-    same!(got, libc::EBUSY, "ibv_dereg_mr with a window bound to it");
+    check!(got > 0, "a region was deregistered with a window bound to it");
     drop(mw);
     Ok(())
 }
@@ -177,7 +178,7 @@ fn region_is_busy_while_bound(env: &Env) -> Outcome {
 fn local_invalidate(env: &Env) -> Outcome {
     let pair = pair(env)?;
     type2(&pair)?;
-    let (mw, mr) = (window(&pair, IBV_MW_TYPE_2)?, region(&pair)?);
+    let (mr, mw) = (region(&pair)?, window(&pair, IBV_MW_TYPE_2)?);
     let key = bind2(&pair, &mw, &mr, 0, 4096, IBV_ACCESS_REMOTE_WRITE)?;
     same!(write(&pair, mr.base, key, 8)?, IBV_WC_SUCCESS, "write before");
     let far = pair.far.here()?;
@@ -193,7 +194,7 @@ fn local_invalidate(env: &Env) -> Outcome {
 fn send_with_invalidate(env: &Env) -> Outcome {
     let pair = pair(env)?;
     type2(&pair)?;
-    let (mw, mr) = (window(&pair, IBV_MW_TYPE_2)?, region(&pair)?);
+    let (mr, mw) = (region(&pair)?, window(&pair, IBV_MW_TYPE_2)?);
     let key = bind2(&pair, &mw, &mr, 0, 4096, IBV_ACCESS_REMOTE_WRITE)?;
     let far = pair.far.here()?;
     far.qp().recv(&[Recv::new(3).sge(far.sge(0, 64))])?;
@@ -216,7 +217,7 @@ fn by_the_extended_interface(env: &Env) -> Outcome {
         ..Spec::rc()
     };
     let mut pair = Pair::new(env, &spec)?;
-    let (mw, mr) = (window(&pair, IBV_MW_TYPE_2)?, region(&pair)?);
+    let (mr, mw) = (region(&pair)?, window(&pair, IBV_MW_TYPE_2)?);
     let next = |key: u32| (key & !0xFF) | (key.wrapping_add(1) & 0xFF);
     let done = |pair: &Pair, wr: Wr<'_>, opcode: u32| -> Outcome {
         same!(wr.complete()?, 0, "ibv_wr_complete");
@@ -228,6 +229,7 @@ fn by_the_extended_interface(env: &Env) -> Outcome {
     let wr = Wr::start(pair.far.here()?.qp())?;
     wr.next(1, IBV_SEND_SIGNALED).bind(&mw, key, &mr, 4096, IBV_ACCESS_REMOTE_WRITE)?;
     done(&pair, wr, IBV_WC_BIND_MW)?;
+    mw.set_rkey(key);
     same!(write(&pair, mr.base, key, 8)?, IBV_WC_SUCCESS, "write through the window");
     let wr = Wr::start(pair.far.here()?.qp())?;
     wr.next(2, IBV_SEND_SIGNALED).local_inv(key)?;
@@ -256,13 +258,11 @@ fn invalidate_of_a_region_is_refused(env: &Env) -> Outcome {
     // An ordinary region's key cannot be taken away by the peer.
     let mut request = Send::new(4, IBV_WR_SEND_WITH_INV).sge(pair.near.sge(0, 16));
     request.imm = pair.to.rkey;
-    let wc = pair.run(request)?;
-    check!(
-        matches!(wc.status, IBV_WC_REM_ACCESS_ERR | IBV_WC_REM_INV_REQ_ERR | IBV_WC_REM_OP_ERR),
-        "status {}",
-        wc.status
-    );
-    let fresh = Pair::new(env, &Spec::rc())?;
-    same!(fresh.far.here()?.state()?, IBV_QPS_RTS, "another connection");
+    // The sender may have its acknowledgement by then (IBTA 9.9.3.1, class J); the receiver's
+    // program learns of the error, and its queue pair is in error.
+    pair.run(request)?;
+    let got = pair.far.one(Side::Recv)?;
+    check!(got.status != IBV_WC_SUCCESS, "a region's key was invalidated");
+    pair.far.until_state(IBV_QPS_ERR)?;
     Ok(())
 }

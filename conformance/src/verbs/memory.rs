@@ -141,6 +141,12 @@ impl Mw {
         // SAFETY: a live window.
         unsafe { (*self.ptr).rkey }
     }
+
+    /// Notes the key of a binding by work request: a later request reads it from the window.
+    pub(crate) fn set_rkey(&self, rkey: u32) {
+        // SAFETY: a live window; the library reads the field when a request is posted only.
+        unsafe { (*self.ptr).rkey = rkey };
+    }
 }
 
 impl Drop for Mw {
