@@ -71,6 +71,11 @@ const RXE: &[(&str, &str, &str)] = &[
     ("errors::deregistered_memory", BAD_KEY, "IBTA 11.6.2"),
     ("errors::unreliable_with_bad_lkey", BAD_KEY, "IBTA 11.6.2"),
     (
+        "states::table_uc",
+        "a path is not changed from SQD to SQD",
+        "ibv_modify_qp(3)",
+    ),
+    (
         "states::values_out_of_range",
         "the P_Key index is not checked",
         "ibv_modify_qp(3)",
