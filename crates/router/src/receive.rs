@@ -69,6 +69,12 @@ impl Engine {
         let q = self.qps.get(qp).ok_or(Outcome::NoResponse)?;
         let taken = q.taken.as_ref().ok_or(Outcome::NoResponse)?;
         let room: u64 = taken.sges.iter().map(|s| u64::from(s.length)).sum();
+        let shared = taken.slot == CompletionEntry::SHARED;
+        if room < headroom + request.len && !sender.is_reliable() && !shared {
+            // Anybody may send a datagram: one that does not fit must not stop its receiver. The
+            // request stays for the next message (IBTA volume 1, 9.9.3, class D).
+            return Err(Outcome::Delivered);
+        }
         let (status, outcome) = if room < headroom + request.len {
             (WcStatus::LocLenErr, Outcome::RemoteInvalidRequest)
         } else {
