@@ -190,7 +190,7 @@ impl Cq {
                 let Some(entry) = poller.next(produced) else {
                     break;
                 };
-                Session::retire(&retired, entry.slot, entry.is_send, entry.retired);
+                Session::retire(&retired, &entry);
                 *to = Completion::from(&entry);
                 n += 1;
             }

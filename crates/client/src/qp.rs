@@ -168,7 +168,10 @@ impl Pd {
             cap.max_inline,
         );
         QpRings::new(region.words(), geometry).ok_or(Errno::PROTO)?;
-        let retired = Arc::new(Retired::default());
+        let retired = Arc::new(Retired {
+            qpn: made.qpn.get(),
+            ..Retired::default()
+        });
         session.set_retired(made.slot, Some(retired.clone()));
         let queues = Queues {
             handle: made.qp,

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use freeflow_convert::{PageSource, PoolRange};
 use freeflow_session::{DeviceInfo, Handle, PROTOCOL_VERSION, Reply, Request, RingLocation};
-use freeflow_shm::{DirtyMap, Doorbell, Mapping, Region};
+use freeflow_shm::{CompletionEntry, DirtyMap, Doorbell, Mapping, Region};
 use rustix::io::Errno;
 
 use crate::cq::Cq;
@@ -25,6 +25,8 @@ const SOCKET_PATH: &str = "/run/freeflow/endpoint.sock";
 /// How far the requests of a queue pair are done, by the completions that were polled.
 #[derive(Debug, Default)]
 pub(crate) struct Retired {
+    /// Whose they are: its slot may be another's before all its completions were polled.
+    pub(crate) qpn: u32,
     pub(crate) send: AtomicU64,
     pub(crate) recv: AtomicU64,
 }
@@ -182,15 +184,17 @@ impl Session {
     }
 
     /// A completion was polled: its request, and all before it in its queue, are done.
-    pub(crate) fn retire(all: &[Option<Arc<Retired>>], slot: u32, is_send: bool, to: u64) {
-        if let Some(Some(retired)) = all.get(slot as usize) {
-            let queue = if is_send {
+    pub(crate) fn retire(all: &[Option<Arc<Retired>>], entry: &CompletionEntry) {
+        if let Some(Some(retired)) = all.get(entry.slot as usize)
+            && retired.qpn == entry.qpn
+        {
+            let queue = if entry.is_send {
                 &retired.send
             } else {
                 &retired.recv
             };
             // Release: the slots were read by the router before (edge: the poster's load).
-            queue.store(to, Ordering::Release);
+            queue.store(entry.retired, Ordering::Release);
         }
     }
 
