@@ -162,6 +162,43 @@ fn perftest_over_xrc() {
     perftest("ib_atomic_lat", &["-c XRC -n 500"]);
 }
 
+/// Nobody waits for a dead router, although nobody flushes what is posted on a shared queue.
+#[test]
+fn programs_end_when_the_router_dies() {
+    for (program, more) in [
+        ("ib_send_lat", "--use-srq"),
+        ("ib_send_lat", "--use-srq -e"),
+        ("ib_send_bw", "--use-srq -q 4"),
+        ("ib_send_lat", "-c XRC"),
+    ] {
+        if !have(program) {
+            continue;
+        }
+        let mut bed = bed();
+        let port = free_port().to_string();
+        // More than the longest wait has time for.
+        let mut args = vec!["-n", "100000000", "-s", "64", "-p", &port];
+        args.extend(more.split_ascii_whitespace());
+        let (near, far) = (bed.endpoint(), bed.endpoint());
+        let mut server = near.start(program, &args).unwrap();
+        let listens = wait_for_listener(port.parse().unwrap(), DEADLINE, || server.is_alive());
+        assert!(listens, "{}", server.wait(DEADLINE).unwrap());
+        args.push("127.0.0.1");
+        let client = far.start(program, &args).unwrap();
+        let flows = |status: &serde_json::Value| {
+            let sent = |e: &serde_json::Value| e["counters"]["sent_messages"].as_u64();
+            let all = status["endpoints"].as_array();
+            all.is_some_and(|all| all.iter().any(|e| sent(e).is_some_and(|n| n > 1000)))
+        };
+        bed.wait_for_status(flows, DEADLINE).unwrap();
+        bed.router().signal(rustix::process::Signal::KILL);
+        for side in [client, server] {
+            let ended = side.wait(DEADLINE).unwrap();
+            assert!(!ended.status.success(), "{program} {more}: {ended}");
+        }
+    }
+}
+
 /// UCX on the endpoint's device alone. `rc_v` is its name for rc_verbs with the datagrams that its
 /// connections are set up by.
 fn ucx(bed: &Bed, transports: &str, args: &[&str]) {

@@ -119,6 +119,8 @@ pub struct Cq {
     pub(crate) completion: Acks,
     pub(crate) asynchronous: Acks,
     pub(crate) told_of_death: AtomicBool,
+    /// Whether receives of a shared queue complete here.
+    shared: AtomicBool,
 }
 
 impl Context {
@@ -150,6 +152,7 @@ impl Context {
             completion: Acks::default(),
             asynchronous: Acks::default(),
             told_of_death: AtomicBool::new(false),
+            shared: AtomicBool::new(false),
         });
         unpoisoned(&session.cqs).insert(made.cq.0, Arc::downgrade(&cq));
         if let Some(channel) = channel {
@@ -165,14 +168,20 @@ impl Cq {
         unpoisoned(&self.poller).entries
     }
 
+    pub(crate) fn set_shared(&self) {
+        // Relaxed: see `poll_empty`.
+        self.shared.store(true, Ordering::Relaxed);
+    }
+
     pub(crate) fn attach(&self, qp: &Arc<Qp>) {
         let mut qps = unpoisoned(&self.qps);
         qps.retain(|qp| qp.strong_count() != 0);
         qps.push(Arc::downgrade(qp));
     }
 
-    /// Takes completions; returns how many. An error means that the queue overran and is
-    /// unusable (`ibv_poll_cq(3)`).
+    /// Takes completions; returns how many. An error means that the queue is unusable: it
+    /// overran, or the router is gone and receives of a shared queue, which nobody flushes, will
+    /// never complete here (`ibv_poll_cq(3)`).
     pub fn poll(&self, out: &mut [Completion]) -> Result<usize, Errno> {
         let mut poller = unpoisoned(&self.poller);
         let produced = poller.ring().ok_or(Errno::IO)?.produced();
@@ -213,7 +222,10 @@ impl Cq {
         let dead = self.session.link.is_dead()
             || (empty.is_multiple_of(POLLS_PER_CHECK) && self.session.link.check());
         if dead && ring.produced() == poller.consumed {
-            return Ok(self.flush(out));
+            let flushed = self.flush(out);
+            // Relaxed: set before the program could wait for such a receive.
+            let in_vain = flushed == 0 && self.shared.load(Ordering::Relaxed);
+            return if in_vain { Err(Errno::IO) } else { Ok(flushed) };
         }
         poller.empty = empty;
         drop(poller);

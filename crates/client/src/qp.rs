@@ -195,6 +195,9 @@ impl Pd {
             user,
             asynchronous: Acks::default(),
         });
+        if let (Some(_), Some(recv_cq)) = (init.srq, init.recv_cq) {
+            recv_cq.set_shared();
+        }
         unpoisoned(&session.qps).insert(made.qp.0, Arc::downgrade(&qp));
         init.send_cq.attach(&qp);
         if let Some(recv_cq) = init.recv_cq

@@ -98,6 +98,9 @@ impl Pd {
             user,
             asynchronous: Acks::default(),
         });
+        if let Some((_, cq)) = xrc {
+            cq.set_shared();
+        }
         unpoisoned(&session.srqs).insert(made.srq.0, Arc::downgrade(&srq));
         Ok(srq)
     }
