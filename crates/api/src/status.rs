@@ -56,6 +56,8 @@ pub struct SessionStatus {
     pub cqs: u32,
     /// Queue pairs.
     pub qps: u32,
+    /// Shared receive queues.
+    pub srqs: u32,
     /// Memory regions.
     pub mrs: u32,
     /// Bytes of all memory regions.

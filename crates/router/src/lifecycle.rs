@@ -203,6 +203,7 @@ impl Session {
             pds: self.counts.pds,
             cqs: self.counts.cqs,
             qps: self.counts.qps,
+            srqs: self.counts.srqs,
             mrs: self.counts.mrs,
             registered_bytes: self.counts.registered,
             foreign_bytes: self.counts.foreign,
