@@ -931,6 +931,40 @@ fn a_queue_destroyed_amid_a_message_completes_no_more() {
 }
 
 #[test]
+fn a_request_half_filled_is_not_filled_by_a_message_for_another_queue() {
+    let mut x = xrc();
+    let (near, far) = (x.host.reg(&x.there, BIG), x.host.reg(&x.processes[1], BIG));
+    let sge = |key: Key| Sge {
+        addr: 0,
+        length: BIG as u32,
+        lkey: key.0,
+    };
+    let [first, second] = x.srqs.map(|srq| srq.number.unwrap());
+    x.host
+        .try_post(&x.processes[1], &mut x.srqs[1], 1, &[sge(far)]);
+    x.host.post(&x.processes[0], &mut x.srqs[0], 2);
+    x.host.send(&x.there, x.sender, 1, &[sge(near)], second);
+    x.host.round();
+    // The sender starts anew in the middle of it.
+    x.host.set_state(&x.there, x.sender, QpState::Reset);
+    let to = {
+        let q = x.host.engine.qps.iter().find(|(_, q)| q.xrc.is_some());
+        (x.processes[0].gid, q.unwrap().1.qpn.get())
+    };
+    x.host.connect_own(&x.there, x.sender, to);
+    x.host.send(&x.there, x.sender, 2, &[], first);
+    x.host.settle();
+    let status = |all: Vec<CompletionEntry>| -> Vec<(u64, u32)> {
+        all.iter().map(|c| (c.wr_id, c.status.into())).collect()
+    };
+    let sent = x.host.completions(&mut x.sent);
+    assert_eq!(status(sent), [(2, WcStatus::RemInvReqErr.raw())]);
+    assert_eq!(x.host.completions(&mut x.cqs[0]), []);
+    let flushed = x.host.completions(&mut x.cqs[1]);
+    assert_eq!(status(flushed), [(1, WcStatus::WrFlushErr.raw())]);
+}
+
+#[test]
 fn an_event_comes_to_all_who_have_the_queue_pair_open() {
     let mut x = xrc();
     let qpn = {

@@ -392,6 +392,9 @@ impl Engine {
             let member = s.xrc.as_ref()?;
             (member.domain == xrc.domain).then_some((s.pd, srq, member.cq))
         });
+        // A message for another queue than the one whose request is half filled is not its rest.
+        let begun = p.taken.as_ref().map(|taken| taken.retired);
+        let found = found.filter(|&(_, srq, _)| begun.is_none_or(|b| b == u64::from(srq.0)));
         let Some((pd, srq, cq)) = found else {
             let nak = Nak::InvalidRequest;
             self.nak(responder, nak.event());
