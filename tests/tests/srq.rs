@@ -115,7 +115,7 @@ fn perftest_with_a_shared_queue() {
     perftest(
         "ib_send_bw",
         &[
-            "--use-srq -a -n 300",
+            "--use-srq -s 1048576 -n 100",
             "--use-srq -q 16 -s 4096 -n 500",
             "--use-srq -q 16 -b -s 1024 -n 300",
             "--use-srq -q 4 -e -s 4096 -n 500",
@@ -126,7 +126,7 @@ fn perftest_with_a_shared_queue() {
     perftest(
         "ib_send_lat",
         &[
-            "--use-srq -a -n 200",
+            "--use-srq -s 4096 -n 500",
             "--use-srq -e -s 64 -n 1000",
             "--use-srq -c UD -s 64 -n 1000",
         ],
@@ -138,7 +138,7 @@ fn perftest_over_xrc() {
     perftest(
         "ib_send_bw",
         &[
-            "-c XRC -a -n 300",
+            "-c XRC -s 1048576 -n 100",
             "-c XRC -q 8 -s 4096 -n 500",
             "-c XRC -q 4 -b -n 300",
             "-c XRC -e -n 500",
@@ -146,14 +146,17 @@ fn perftest_over_xrc() {
     );
     perftest(
         "ib_send_lat",
-        &["-c XRC -a -n 200", "-c XRC -e -s 64 -n 500"],
+        &["-c XRC -s 1048576 -n 100", "-c XRC -e -s 64 -n 200"],
     );
     perftest(
         "ib_write_bw",
-        &["-c XRC -a -n 200", "-c XRC -q 8 -b -n 300"],
+        &["-c XRC -s 1048576 -n 100", "-c XRC -q 8 -b -n 300"],
     );
-    perftest("ib_write_lat", &["-c XRC -a -n 200"]);
-    perftest("ib_read_bw", &["-c XRC -a -n 200", "-c XRC -q 4 -n 200"]);
+    perftest("ib_write_lat", &["-c XRC -s 64 -n 500"]);
+    perftest(
+        "ib_read_bw",
+        &["-c XRC -s 1048576 -n 100", "-c XRC -q 4 -n 200"],
+    );
     perftest("ib_read_lat", &["-c XRC -s 64 -n 1000"]);
     perftest(
         "ib_atomic_bw",
