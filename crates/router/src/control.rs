@@ -4,19 +4,18 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use freeflow_session::{
-    CqCreated, CreateCq, CreateQp, Errno as WireErrno, Handle, MrRegistered, PROTOCOL_VERSION,
-    PieceKind, QpCreated, QpQueried, RegMr, Reply, Request, RingLocation, Welcome,
+    CqCreated, CreateCq, CreateQp, Errno as WireErrno, Handle, PROTOCOL_VERSION, QpCreated,
+    QpQueried, Reply, Request, RingLocation, Welcome,
 };
 use freeflow_shm::{CqRing, QpGeometry, Region, event_pair};
 use freeflow_transport::{ModifyLimits, Qp};
-use freeflow_types::{Access, Key, Mtu, QpAttr, QpAttrMask, QpCap, QpState, QpType, Qpn};
+use freeflow_types::{Mtu, QpAttr, QpAttrMask, QpCap, QpState, QpType, Qpn};
 use rustix::io::Errno;
 
 use crate::engine::Engine;
 use crate::memory::Range;
 use crate::objects::{
-    Backing, Channel, Context, Cq, Mr, Pd, Piece, QpObject, Rings, Session, Slot, Waiting,
-    bytes_of_words,
+    Channel, Context, Cq, Pd, QpObject, Rings, Session, Slot, Waiting, bytes_of_words,
 };
 use crate::table::NONE;
 
@@ -313,93 +312,6 @@ impl Engine {
             self.session_mut(session)?.memory = Some(memory);
         }
         done()
-    }
-
-    fn reg_mr(&mut self, session: Handle, request: &RegMr) -> Outcome {
-        let remote_change = Access::REMOTE_WRITE | Access::REMOTE_ATOMIC;
-        let access = request.access;
-        if access.intersects(remote_change) && !access.contains(Access::LOCAL_WRITE) {
-            return Err(Errno::INVAL);
-        }
-        let context = self.own_pd(session, request.pd)?.context;
-        let limit = self.limits.max_mr;
-        let s = self.sessions.get(session).ok_or(Errno::INVAL)?;
-        if s.counts.mrs >= limit {
-            return Err(Errno::NOMEM);
-        }
-        let mut pieces = Vec::with_capacity(request.pieces.len());
-        let (mut start, mut foreign) = (0, 0);
-        for piece in request.pieces.iter().filter(|p| p.len != 0) {
-            let backing = match piece.kind {
-                PieceKind::Pool { segment, offset } => {
-                    // Validated not to overflow.
-                    if offset + piece.len > s.segments.size(segment) {
-                        return Err(Errno::INVAL);
-                    }
-                    Backing::Pool { segment, offset }
-                }
-                PieceKind::Foreign { addr } => {
-                    if s.memory.is_none() {
-                        return Err(Errno::PERM);
-                    }
-                    foreign += piece.len;
-                    Backing::Foreign { addr }
-                }
-            };
-            pieces.push(Piece {
-                start,
-                len: piece.len,
-                backing,
-            });
-            start += piece.len;
-        }
-        let key = loop {
-            let key = random_u32()?;
-            if key != 0 && !s.keys.contains_key(&key) {
-                break key;
-            }
-        };
-        let mr = Mr {
-            session,
-            context,
-            pd: request.pd,
-            key: Key(key),
-            iova: request.iova,
-            len: request.len,
-            access,
-            pieces,
-        };
-        let mr = self.mrs.insert(mr).ok_or(Errno::NOMEM)?;
-        let s = self.session_mut(session)?;
-        s.keys.insert(key, mr);
-        s.counts.mrs += 1;
-        s.counts.registered += request.len;
-        s.counts.foreign += foreign;
-        self.own_pd(session, request.pd)?.users += 1;
-        Ok((Reply::Mr(MrRegistered { mr, key: Key(key) }), Vec::new()))
-    }
-
-    fn dereg_mr(&mut self, session: Handle, mr: Handle) -> Outcome {
-        self.mrs
-            .get(mr)
-            .filter(|m| m.session == session)
-            .ok_or(Errno::INVAL)?;
-        self.remove_mr(mr);
-        done()
-    }
-
-    fn remove_mr(&mut self, mr: Handle) {
-        let Some(m) = self.mrs.remove(mr) else { return };
-        if let Some(pd) = self.pds.get_mut(m.pd) {
-            pd.users -= 1;
-        }
-        if let Some(s) = self.sessions.get_mut(m.session) {
-            let foreign = |p: &&Piece| matches!(p.backing, Backing::Foreign { .. });
-            s.keys.remove(&m.key.0);
-            s.counts.mrs -= 1;
-            s.counts.registered -= m.len;
-            s.counts.foreign -= m.pieces.iter().filter(foreign).map(|p| p.len).sum::<u64>();
-        }
     }
 
     fn create_channel(&mut self, session: Handle, context: Handle) -> Outcome {

@@ -20,6 +20,7 @@ mod mcast;
 mod memory;
 mod objects;
 mod receive;
+mod regions;
 mod sandbox;
 mod serve;
 mod srq;
