@@ -198,6 +198,11 @@ pub struct Pd {
 }
 
 impl Pd {
+    /// Its number at the router.
+    pub fn number(&self) -> u32 {
+        self.handle.0
+    }
+
     /// Frees it. EBUSY: it is in use.
     pub fn dealloc(&self) -> Result<(), Errno> {
         self.context

@@ -1,11 +1,16 @@
 //! Memory regions.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use freeflow_convert::{Backing, Registration};
-use freeflow_session::{Handle, MAX_PIECES, PieceDesc, PieceKind, RegMr, Reply, Request};
+use freeflow_session::{
+    AdviseMr, AdvisedRange, Handle, MAX_ADVISED, MAX_PIECES, PieceDesc, PieceKind, RegMr, Reply,
+    Request, ReregMr, Translation,
+};
+use freeflow_shm::Sge;
 use freeflow_types::{Access, Key};
 use rustix::io::Errno;
+use rustix::mm::Advice;
 
 use crate::context::Pd;
 use crate::session::{Pages, Session, unpoisoned};
@@ -16,93 +21,295 @@ pub struct Mr {
     session: Arc<Session>,
     handle: Handle,
     key: Key,
-    registration: std::sync::Mutex<Option<Registration>>,
+    /// `None`: no memory of the program's is in it.
+    place: Mutex<Option<Place>>,
+}
+
+/// A region as it is registered.
+#[derive(Clone, Copy, Debug)]
+struct Range {
+    addr: u64,
+    len: u64,
+    iova: u64,
+    access: Access,
+}
+
+#[derive(Debug)]
+struct Place {
+    range: Range,
+    pages: Pinned,
+}
+
+/// The pages behind a region.
+#[derive(Debug)]
+enum Pinned {
+    /// Shared with the router, as the converter knows.
+    Shared(Registration),
+    /// The program's own, whatever they are when they are used.
+    OnDemand,
+}
+
+/// What `ibv_rereg_mr(3)` changes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rereg<'a> {
+    /// Protection domain.
+    pub pd: Option<&'a Pd>,
+    /// Address, also for work requests, and length.
+    pub range: Option<(u64, u64)>,
+    /// Rights.
+    pub access: Option<Access>,
+}
+
+/// What `ibv_advise_mr(3)` advises.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Advise {
+    /// Fetch pages to be read.
+    Prefetch,
+    /// Fetch pages to be written.
+    PrefetchWrite,
+    /// Take note of pages that are there.
+    PrefetchNoFault,
+}
+
+impl Range {
+    /// The request's address of the first byte, as rights and addresses say.
+    fn settle(mut self) -> Self {
+        if self.access.contains(Access::ZERO_BASED) {
+            self.iova = 0;
+        }
+        self
+    }
+
+    /// Whether the device may write there.
+    fn needs_write(&self) -> bool {
+        let writes = Access::LOCAL_WRITE | Access::REMOTE_CHANGE | Access::MW_BIND;
+        self.access.intersects(writes)
+    }
+}
+
+impl Session {
+    /// Makes the pages of a range reachable for the router.
+    fn pin(&self, range: &Range) -> Result<(Pinned, Translation), Errno> {
+        let (addr, len) = (range.addr, range.len);
+        let largest = self.info.limits.max_mr_size;
+        if len == 0 || len > largest || addr.checked_add(len).is_none() {
+            return Err(Errno::INVAL);
+        }
+        let translation = |pieces| Translation {
+            iova: range.iova,
+            len,
+            pieces,
+        };
+        if range.access.contains(Access::ON_DEMAND) {
+            // Mappings may change while the region lives: only the process itself knows them.
+            self.attach_memory()?;
+            let kind = PieceKind::Foreign { addr };
+            return Ok((Pinned::OnDemand, translation(vec![PieceDesc { len, kind }])));
+        }
+        let made = freeflow_convert::lock()
+            .register(&mut Pages::of(self), addr, len, range.needs_write())
+            .map_err(|e| e.errno())?;
+        match self.describe(&made) {
+            Ok(pieces) => Ok((Pinned::Shared(made), translation(pieces))),
+            Err(errno) => {
+                self.unpin(Pinned::Shared(made));
+                Err(errno)
+            }
+        }
+    }
+
+    fn unpin(&self, pages: Pinned) {
+        if let Pinned::Shared(registration) = pages
+            && self.is_own()
+        {
+            freeflow_convert::lock().deregister(&mut Pages::of(self), registration);
+        }
+    }
+
+    fn describe(&self, made: &Registration) -> Result<Vec<PieceDesc>, Errno> {
+        if made.pieces().len() > MAX_PIECES {
+            return Err(Errno::NOMEM);
+        }
+        let foreign = |p: &freeflow_convert::Piece| p.backing == Backing::Foreign;
+        if made.pieces().iter().any(foreign) {
+            self.attach_memory()?;
+        }
+        let describe = |piece: &freeflow_convert::Piece| PieceDesc {
+            len: piece.len,
+            kind: match piece.backing {
+                Backing::Pool { segment, offset } => PieceKind::Pool { segment, offset },
+                Backing::Foreign => PieceKind::Foreign { addr: piece.addr },
+            },
+        };
+        Ok(made.pieces().iter().map(describe).collect())
+    }
 }
 
 impl Pd {
-    /// Registers `len` bytes at `addr`; work requests name the first one `iova`.
-    pub fn reg_mr(
-        self: &Arc<Self>,
-        addr: u64,
-        len: u64,
-        iova: u64,
-        access: Access,
-    ) -> Result<Mr, Errno> {
-        if len == 0 {
-            return Err(Errno::INVAL);
-        }
+    /// Registers `len` bytes at `addr`; work requests name the first one `iova`, or 0 with
+    /// [`Access::ZERO_BASED`].
+    pub fn reg_mr(&self, addr: u64, len: u64, iova: u64, access: Access) -> Result<Mr, Errno> {
         let session = &self.context.session;
         if !session.is_own() {
             return Err(Errno::INVAL);
         }
-        let writes =
-            Access::LOCAL_WRITE | Access::REMOTE_WRITE | Access::REMOTE_ATOMIC | Access::MW_BIND;
-        let need_write = access.intersects(writes);
-        let registration = freeflow_convert::lock()
-            .register(&mut Pages::of(session), addr, len, need_write)
-            .map_err(|e| e.errno())?;
-        let request = self.describe(&registration, iova, access);
-        match request.and_then(|request| session.call(&request)) {
-            Ok((Reply::Mr(made), _)) => Ok(Mr {
+        let range = Range {
+            addr,
+            len,
+            iova,
+            access,
+        };
+        let range = range.settle();
+        let (pages, translation) = session.pin(&range)?;
+        let request = Request::RegMr(RegMr {
+            pd: self.handle,
+            translation,
+            access,
+        });
+        match self.make(&request) {
+            Ok(mr) => {
+                *unpoisoned(&mr.place) = Some(Place { range, pages });
+                Ok(mr)
+            }
+            Err(errno) => {
+                session.unpin(pages);
+                Err(errno)
+            }
+        }
+    }
+
+    /// A region that swallows what is written and reads as zeroes (`ibv_alloc_null_mr(3)`).
+    pub fn alloc_null_mr(&self) -> Result<Mr, Errno> {
+        self.make(&Request::AllocNullMr { pd: self.handle })
+    }
+
+    /// Asks the router for a region.
+    pub(crate) fn make(&self, request: &Request) -> Result<Mr, Errno> {
+        let session = &self.context.session;
+        match session.call(request)? {
+            (Reply::Mr(made), _) => Ok(Mr {
                 session: session.clone(),
                 handle: made.mr,
                 key: made.key,
-                registration: std::sync::Mutex::new(Some(registration)),
+                place: Mutex::new(None),
             }),
-            other => {
-                freeflow_convert::lock().deregister(&mut Pages::of(session), registration);
-                Err(other.err().unwrap_or(Errno::PROTO))
-            }
+            _ => Err(Errno::PROTO),
         }
     }
 
-    fn describe(&self, made: &Registration, iova: u64, access: Access) -> Result<Request, Errno> {
-        if made.pieces().len() > MAX_PIECES {
-            return Err(Errno::NOMEM);
-        }
-        let mut foreign = false;
-        let describe = |piece: &freeflow_convert::Piece| {
-            let kind = match piece.backing {
-                Backing::Pool { segment, offset } => PieceKind::Pool { segment, offset },
-                Backing::Foreign => {
-                    foreign = true;
-                    PieceKind::Foreign { addr: piece.addr }
-                }
+    /// Advises on ranges of on-demand regions (`ibv_advise_mr(3)`).
+    pub fn advise_mr(&self, advice: Advise, ranges: &[Sge]) -> Result<(), Errno> {
+        for ranges in ranges.chunks(MAX_ADVISED) {
+            let described = |sge: &Sge| AdvisedRange {
+                addr: sge.addr,
+                len: sge.length.into(),
+                key: Key(sge.lkey),
             };
-            PieceDesc {
-                len: piece.len,
-                kind,
-            }
-        };
-        let pieces = made.pieces().iter().map(describe).collect();
-        if foreign {
-            self.context.session.attach_memory()?;
+            self.context.session.tell(&Request::AdviseMr(AdviseMr {
+                pd: self.handle,
+                write: advice == Advise::PrefetchWrite,
+                ranges: ranges.iter().map(described).collect(),
+            }))?;
         }
-        let len = made.len();
-        Ok(Request::RegMr(RegMr {
-            pd: self.handle,
-            iova,
-            len,
-            access,
-            pieces,
-        }))
+        let populate = match advice {
+            Advise::Prefetch => Advice::LinuxPopulateRead,
+            Advise::PrefetchWrite => Advice::LinuxPopulateWrite,
+            Advise::PrefetchNoFault => return Ok(()),
+        };
+        for sge in ranges {
+            fetch(sge, populate);
+        }
+        Ok(())
     }
 }
 
+/// Has the kernel make pages present. It is advice: where it fails, they come when they are used.
+fn fetch(sge: &Sge, populate: Advice) {
+    let page = rustix::param::page_size() as u64;
+    let start = sge.addr & !(page - 1);
+    let Some(end) = sge.addr.checked_add(sge.length.into()) else {
+        return;
+    };
+    let len = (end - start) as usize;
+    // SAFETY: populating changes neither mappings nor contents.
+    let _ = unsafe { rustix::mm::madvise(start as *mut _, len, populate) };
+}
+
 impl Mr {
+    /// Its number at the router.
+    pub fn number(&self) -> u32 {
+        self.handle.0
+    }
+
     /// Its key, local and remote.
     pub fn key(&self) -> Key {
         self.key
     }
 
-    /// Deregisters it.
+    /// Whether memory of the program's is in it: neither a null region nor one of device memory.
+    pub fn has_memory(&self) -> bool {
+        unpoisoned(&self.place).is_some()
+    }
+
+    /// Changes it; on an error it is as it was. Its key stays. EBUSY: a window is bound to it;
+    /// EINVAL: it has no memory of the program's.
+    pub fn rereg(&self, change: &Rereg<'_>) -> Result<(), Errno> {
+        let session = &self.session;
+        if !session.is_own() {
+            return Err(Errno::INVAL);
+        }
+        let mut place = unpoisoned(&self.place);
+        let place = place.as_mut().ok_or(Errno::INVAL)?;
+        let mut range = place.range;
+        if let Some(access) = change.access {
+            let was_zero_based = range.access.contains(Access::ZERO_BASED);
+            range.access = access;
+            if was_zero_based {
+                range.iova = range.addr;
+            }
+        }
+        if let Some((addr, len)) = change.range {
+            (range.addr, range.len, range.iova) = (addr, len, addr);
+        }
+        let range = range.settle();
+        // Other rights may need other pages: of memory that the device may write now, or of
+        // memory that is to be there on demand.
+        let moves = change.range.is_some() || change.access.is_some();
+        let (pages, translation) = match moves.then(|| session.pin(&range)).transpose()? {
+            Some((pages, translation)) => (Some(pages), Some(translation)),
+            None => (None, None),
+        };
+        let told = session.tell(&Request::ReregMr(ReregMr {
+            mr: self.handle,
+            pd: change.pd.map(|pd| pd.handle),
+            translation,
+            access: change.access,
+        }));
+        let unused = match (told, pages) {
+            (Ok(()), Some(new)) => {
+                place.range = range;
+                Some(std::mem::replace(&mut place.pages, new))
+            }
+            (Ok(()), None) => None,
+            (Err(errno), new) => {
+                if let Some(new) = new {
+                    session.unpin(new);
+                }
+                return Err(errno);
+            }
+        };
+        if let Some(unused) = unused {
+            session.unpin(unused);
+        }
+        Ok(())
+    }
+
+    /// Deregisters it. EBUSY: a window is bound to it.
     pub fn dereg(&self) -> Result<(), Errno> {
         self.session
             .destroy(&Request::DeregMr { mr: self.handle })?;
-        if let Some(registration) = unpoisoned(&self.registration).take()
-            && self.session.is_own()
-        {
-            freeflow_convert::lock().deregister(&mut Pages::of(&self.session), registration);
+        if let Some(place) = unpoisoned(&self.place).take() {
+            self.session.unpin(place.pages);
         }
         Ok(())
     }

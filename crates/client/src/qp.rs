@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use freeflow_session::{CreateQp, Handle, Reply, Request, XrcQpOpened};
-use freeflow_shm::{QpGeometry, QpRings, RecvEntry, Region, SendEntry, Sge};
+use freeflow_shm::{Bind, QpGeometry, QpRings, RecvEntry, Region, SendEntry, Sge};
 use freeflow_types::{
     AddressVector, Gid, Opcode, QpAttr, QpAttrMask, QpCap, QpState, QpType, SendFlags, WcOpcode,
 };
@@ -53,20 +53,38 @@ pub struct SendWr {
     pub opcode: Opcode,
     /// Flags.
     pub flags: SendFlags,
-    /// Immediate data, big endian as the program gives it.
+    /// Immediate data, big endian as the program gives it; or the key to invalidate.
     pub imm: u32,
     /// Remote address.
     pub remote_addr: u64,
     /// Remote key.
     pub rkey: u32,
-    /// Atomics: compare or add operand.
+    /// Atomics: compare or add operand. Flush: bytes.
     pub compare_add: u64,
-    /// Atomics: swap operand.
+    /// Atomics: swap operand. Flush: [`freeflow_types::FlushSpec`].
     pub swap: u64,
     /// Datagrams: destination.
     pub ud: UdTarget,
     /// XRC: number of the shared receive queue that is meant.
     pub remote_srqn: u32,
+}
+
+impl SendWr {
+    /// A request that binds a memory window.
+    pub fn bind(wr_id: u64, flags: SendFlags, bind: &Bind) -> Self {
+        let entry = SendEntry::from_bind(bind);
+        SendWr {
+            wr_id,
+            opcode: Opcode::BindMw,
+            flags,
+            imm: entry.imm,
+            rkey: entry.rkey,
+            remote_addr: entry.remote_addr,
+            compare_add: entry.compare_add,
+            swap: entry.swap,
+            ..SendWr::default()
+        }
+    }
 }
 
 impl Default for SendWr {
@@ -432,8 +450,15 @@ impl SendQueue<'_> {
         } else {
             sges.len() <= qp.cap.max_send_sge as usize
         };
-        let atomic = !wr.opcode.is_atomic() || (sges.len() == 1 && total == 8);
-        if !fits || !atomic || total > freeflow_types::MAX_MESSAGE {
+        let one = sges.len() == 1 || (inline && !wr.opcode.is_atomic());
+        let word = !wr.opcode.is_word() || (one && total == 8);
+        let bare = wr.opcode.is_local() || wr.opcode == Opcode::Flush;
+        let length = if wr.opcode == Opcode::Flush {
+            wr.compare_add
+        } else {
+            total
+        };
+        if !fits || !word || (bare && !sges.is_empty()) || length > freeflow_types::MAX_MESSAGE {
             return Err(Errno::INVAL);
         }
         if self.next - load(&qp.retired.send) >= qp.cap.max_send_wr.into() {

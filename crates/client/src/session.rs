@@ -258,6 +258,27 @@ impl<'a> Pages<'a> {
     }
 }
 
+impl Pages<'_> {
+    /// Maps a range that the router has handed out; `fds`: its segment, if it is new.
+    pub(crate) fn map(
+        &mut self,
+        segment: u32,
+        offset: u64,
+        len: u64,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Mapping, Errno> {
+        if let Some(fd) = fds.into_iter().next() {
+            self.segments.insert(segment, fd);
+        }
+        let fd = self.segments.get(&segment).ok_or(Errno::PROTO)?;
+        let page = self.session.info.page_size;
+        let len = len.checked_next_multiple_of(page).ok_or(Errno::NOMEM)?;
+        let mapping = Mapping::part(fd, offset, len)?;
+        mapping.exclude_from_fork()?;
+        Ok(mapping)
+    }
+}
+
 impl PageSource for Pages<'_> {
     fn alloc(&mut self, len: u64) -> Result<PoolRange, Errno> {
         match self.session.call(&Request::AllocPages { len })? {

@@ -96,7 +96,15 @@ impl Engine {
             }
             Request::AttachMemory => self.attach_memory(session),
             Request::RegMr(request) => self.reg_mr(session, &request),
+            Request::ReregMr(request) => self.rereg_mr(session, &request),
+            Request::AllocNullMr { pd } => self.alloc_null_mr(session, pd),
+            Request::AdviseMr(request) => self.advise_mr(session, &request),
             Request::DeregMr { mr } => self.dereg_mr(session, mr),
+            Request::AllocMw(request) => self.alloc_mw(session, &request),
+            Request::DeallocMw { mw } => self.dealloc_mw(session, mw),
+            Request::AllocDm { context, len } => self.alloc_dm(session, context, len),
+            Request::FreeDm { dm } => self.free_dm(session, dm),
+            Request::RegDmMr(request) => self.reg_dm_mr(session, &request),
             Request::CreateChannel { context } => self.create_channel(session, context),
             Request::DestroyChannel { channel } => self.destroy_channel(session, channel),
             Request::CreateCq(request) => self.create_cq(session, &request),
@@ -248,8 +256,14 @@ impl Engine {
         for cq in of(&self.cqs, context, |c| c.context) {
             self.remove_cq(cq);
         }
+        for mw in of(&self.windows, context, |w| w.context) {
+            self.remove_window(mw);
+        }
         for mr in of(&self.mrs, context, |m| m.context) {
             self.remove_mr(mr);
+        }
+        for dm in of(&self.dms, context, |d| d.context) {
+            self.remove_dm(dm);
         }
         for channel in of(&self.channels, context, |c| c.context) {
             self.channels.remove(channel);

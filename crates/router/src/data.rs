@@ -6,6 +6,7 @@ use freeflow_shm::Sge;
 use freeflow_types::Access;
 
 use crate::engine::Engine;
+use crate::keys::Named;
 use crate::objects::{Backing, Mr};
 
 /// Bytes of the buffer for copies between two memories that are both foreign.
@@ -38,13 +39,24 @@ impl Span {
         match &mut self.backing {
             Backing::Pool { offset, .. } => *offset += n,
             Backing::Foreign { addr } => *addr += n,
+            Backing::Null => {}
         }
+    }
+
+    /// Whether it is one aligned word of 8 bytes, whatever its address in requests.
+    pub(crate) fn is_word(&self) -> bool {
+        let at = match self.backing {
+            Backing::Pool { offset, .. } => offset,
+            Backing::Foreign { addr } => addr,
+            Backing::Null => 0,
+        };
+        self.len == 8 && at.is_multiple_of(8)
     }
 }
 
 impl Mr {
     /// Offset of a range in the region; `None` if it is not all inside.
-    fn offset(&self, addr: u64, len: u64) -> Option<u64> {
+    pub(crate) fn offset(&self, addr: u64, len: u64) -> Option<u64> {
         let offset = addr.checked_sub(self.iova)?;
         (offset.checked_add(len)? <= self.len).then_some(offset)
     }
@@ -73,32 +85,61 @@ impl Mr {
 }
 
 impl Engine {
-    /// The region a key names, if work of this protection domain may use it so.
-    fn region(
+    /// What a key names to work of a protection domain.
+    fn named(&self, pd: Handle, key: u32) -> Option<Named> {
+        let session = self.sessions.get(self.pds.get(pd)?.session)?;
+        session.keys.get(key)
+    }
+
+    /// The region that has this key and this protection domain.
+    pub(crate) fn keyed_region(&self, pd: Handle, key: u32) -> Option<(Handle, &Mr)> {
+        let Named::Region(handle) = self.named(pd, key)? else {
+            return None;
+        };
+        let mr = self.mrs.get(handle)?;
+        (mr.key.0 == key && mr.pd == pd).then_some((handle, mr))
+    }
+
+    /// The region a local key names, and the offset in it, if work of this protection domain may
+    /// use it so.
+    fn local_region(&self, pd: Handle, sge: &Sge, need: Access) -> Option<(&Mr, u64)> {
+        let (_, mr) = self.keyed_region(pd, sge.lkey)?;
+        let offset = mr.offset(sge.addr, sge.length.into())?;
+        mr.access.contains(need).then_some((mr, offset))
+    }
+
+    /// The region that a remote key leads to, and the offset in it, if requests to a queue pair
+    /// that are meant for a protection domain may use it so; without a range, whether they may use
+    /// the whole of it.
+    pub(crate) fn remote_region(
         &self,
-        pd: Handle,
+        (qp, pd): (Handle, Handle),
         key: u32,
-        addr: u64,
-        len: u64,
+        range: Option<(u64, u64)>,
         need: Access,
     ) -> Option<(&Mr, u64)> {
-        let session = self.sessions.get(self.pds.get(pd)?.session)?;
-        let mr = self.mrs.get(*session.keys.get(&key)?)?;
-        let offset = mr.offset(addr, len)?;
-        (mr.pd == pd && mr.access.contains(need)).then_some((mr, offset))
+        match self.named(pd, key)? {
+            Named::Region(_) => {
+                let (_, mr) = self.keyed_region(pd, key)?;
+                let (addr, len) = range.unwrap_or((mr.iova, 0));
+                let offset = mr.offset(addr, len)?;
+                mr.access.contains(need).then_some((mr, offset))
+            }
+            Named::Window(mw) => self.through_window((qp, pd), mw, key, range, need),
+        }
     }
 
     /// Appends the spans of a remote range; `None` if the key does not allow it.
     pub(crate) fn remote_spans(
         &self,
-        pd: Handle,
+        to: (Handle, Handle),
         key: u32,
-        (addr, len): (u64, u64),
+        range: (u64, u64),
         need: Access,
         (skip, n): (u64, u64),
         out: &mut Vec<Span>,
     ) -> Option<()> {
-        let (mr, offset) = self.region(pd, key, addr, len, need)?;
+        let (mr, offset) = self.remote_region(to, key, Some(range), need)?;
         mr.spans(offset + skip, n, out);
         Some(())
     }
@@ -115,7 +156,7 @@ impl Engine {
     ) -> Option<()> {
         for sge in sges.iter().filter(|sge| sge.length != 0) {
             let len = u64::from(sge.length);
-            let (mr, offset) = self.region(pd, sge.lkey, sge.addr, len, need)?;
+            let (mr, offset) = self.local_region(pd, sge, need)?;
             let from = skip.min(len);
             let take = n.min(len - from);
             if take != 0 {
@@ -185,6 +226,9 @@ impl Engine {
                 .map_err(|_| Fault::Destination)?;
             return Ok(n);
         }
+        if to.backing == Backing::Null && from.backing == Backing::Null {
+            return Ok(n);
+        }
         bounce.resize(BOUNCE_BYTES, 0);
         let buffer = &mut bounce[..(n as usize).min(BOUNCE_BYTES)];
         self.read(from, buffer).ok_or(Fault::Source)?;
@@ -205,6 +249,10 @@ impl Engine {
                 let memory = self.sessions.get(span.session)?.memory.as_ref()?;
                 memory.read(addr, out).then_some(())
             }
+            Backing::Null => {
+                out.fill(0);
+                Some(())
+            }
         }
     }
 
@@ -218,10 +266,24 @@ impl Engine {
                 let memory = self.sessions.get(span.session)?.memory.as_ref()?;
                 memory.write(addr, bytes).then_some(())
             }
+            Backing::Null => Some(()),
         }
     }
 
-    /// Runs an 8-byte atomic on one span; returns the old value. On foreign memory it is atomic
+    /// Copies one word out of spans of 8 bytes.
+    pub(crate) fn word(&self, from: &[Span]) -> Option<u64> {
+        let mut bytes = [0; 8];
+        let mut at = 0;
+        for span in from {
+            let part = bytes.get_mut(at..at + span.len as usize)?;
+            self.read(span, part)?;
+            at += part.len();
+        }
+        Some(u64::from_ne_bytes(bytes))
+    }
+
+    /// Runs an 8-byte atomic on one span; returns the old value, or the new one if it is written
+    /// without a look at the old. On foreign memory it is atomic
     /// towards all other requests, which this engine executes one after the other
     /// (`IBV_ATOMIC_HCA`).
     pub(crate) fn atomic(&self, span: &Span, update: Atomic) -> Option<u64> {
@@ -233,6 +295,7 @@ impl Engine {
                         mapping.compare_swap(offset, compare, swap).ok()
                     }
                     Atomic::FetchAdd { add } => mapping.fetch_add(offset, add).ok(),
+                    Atomic::Write { value } => mapping.store(offset, value).ok().map(|()| value),
                 }
             }
             Backing::Foreign { .. } => {
@@ -243,10 +306,13 @@ impl Engine {
                     Atomic::CompareSwap { compare, swap } if old == compare => swap,
                     Atomic::CompareSwap { .. } => old,
                     Atomic::FetchAdd { add } => old.wrapping_add(add),
+                    Atomic::Write { value } => value,
                 };
                 self.write(span, &new.to_ne_bytes())?;
                 Some(old)
             }
+            // Peers have no rights on a null region.
+            Backing::Null => None,
         }
     }
 }
@@ -256,6 +322,7 @@ impl Engine {
 pub(crate) enum Atomic {
     CompareSwap { compare: u64, swap: u64 },
     FetchAdd { add: u64 },
+    Write { value: u64 },
 }
 
 #[cfg(test)]
@@ -274,6 +341,8 @@ mod tests {
             iova: 1000,
             len: 30,
             access: Access::empty(),
+            dm: None,
+            windows: 0,
             pieces: vec![
                 Piece {
                     start: 0,

@@ -18,11 +18,12 @@ use crate::data::Span;
 use crate::exec::{Request, Step};
 use crate::foreign::Opener;
 use crate::objects::{
-    Channel, Context, Cq, Endpoint, Mr, Pd, QpObject, QueuedEvent, Session, Slot, Waiting,
+    Channel, Context, Cq, Dm, Endpoint, Mr, Pd, QpObject, QueuedEvent, Session, Slot, Waiting,
 };
 use crate::srq::Srq;
 use crate::table::Table;
 use crate::watch::Progress;
+use crate::windows::Window;
 use crate::xrc::XrcState;
 
 /// Events kept for a program that does not read them; it gets no more after that.
@@ -59,6 +60,8 @@ pub(crate) struct Engine {
     pub(crate) contexts: Table<Context>,
     pub(crate) pds: Table<Pd>,
     pub(crate) mrs: Table<Mr>,
+    pub(crate) windows: Table<Window>,
+    pub(crate) dms: Table<Dm>,
     pub(crate) channels: Table<Channel>,
     pub(crate) cqs: Table<Cq>,
     pub(crate) qps: Table<QpObject>,
@@ -95,6 +98,8 @@ impl Engine {
             contexts: Table::default(),
             pds: Table::default(),
             mrs: Table::default(),
+            windows: Table::default(),
+            dms: Table::default(),
             channels: Table::default(),
             cqs: Table::default(),
             qps: Table::default(),

@@ -3,7 +3,9 @@
 use freeflow_session::Handle;
 use freeflow_shm::{CompletionEntry, SendEntry, Sge};
 use freeflow_transport::{Nak, Next, Outcome, PostError, check_send};
-use freeflow_types::{Access, AsyncEventType, Gid, Opcode, QpState, QpType, SendFlags, WcStatus};
+use freeflow_types::{
+    Access, AsyncEventType, FlushSpec, Gid, Opcode, QpState, QpType, SendFlags, WcStatus,
+};
 
 use crate::EndReason;
 use crate::data::{Atomic, Fault, Source, Span};
@@ -128,6 +130,16 @@ impl Engine {
         let (n, cap) = (request.entry.num_sge.into(), &q.transport.attr().cap);
         check_send(qp_type, cap, opcode, request.flags, n, request.len, mtu)
             .map_err(PostError::outcome)?;
+        if opcode.is_local() {
+            return Ok(Progress::Over(self.local_operation(qp, opcode, request)));
+        }
+        let flush = match opcode {
+            Opcode::Flush => {
+                Some(FlushSpec::from_raw(request.entry.swap).ok_or(Outcome::LocalQpOperation)?)
+            }
+            _ => None,
+        };
+        let rights = flush.map_or(opcode.remote_rights(), |flush| flush.types);
         let part = (request.len - *done).min(TURN_BYTES);
         let need = if opcode.is_read_like() {
             Access::LOCAL_WRITE
@@ -143,37 +155,40 @@ impl Engine {
         }
         let peer = self.peer(qp).ok_or(Outcome::NoResponse)?;
         let p = self.responder(qp, peer).ok_or(Outcome::NoResponse)?;
-        if let Err(nak) = p.transport.check_request(opcode) {
+        if let Err(nak) = p.transport.check_request(opcode, rights) {
             return Err(self.refuse(qp_type, peer, nak));
         }
         let (responder_pd, srq) = self.target(peer, request)?;
+        let responder = (peer, responder_pd);
         if opcode.consumes_recv() {
             self.take_recv(peer, srq)?;
             self.leave_line(qp);
         }
         let remote = (request.entry.remote_addr, request.len);
-        let rights = match opcode {
-            Opcode::RdmaWrite | Opcode::RdmaWriteImm => Some(Access::REMOTE_WRITE),
-            Opcode::RdmaRead => Some(Access::REMOTE_READ),
-            Opcode::CompareSwap | Opcode::FetchAdd => Some(Access::REMOTE_ATOMIC),
-            Opcode::Send | Opcode::SendImm => None,
-        };
-        match rights {
+        let key = request.entry.rkey;
+        let misaligned = opcode.is_word() && !request.entry.remote_addr.is_multiple_of(8);
+        let allowed = if let Some(flush) = flush {
+            // What was written before is in the memory that all share: it is as visible as it
+            // will be. Only the right to ask is left to look at.
+            let range = (request.entry.remote_addr, request.entry.compare_add);
+            let range = (!flush.whole_region).then_some(range);
+            self.remote_region(responder, key, range, rights).is_some()
+        } else if !opcode.has_remote() {
+            self.recv_spans(qp_type, peer, request, *done, part, 0, far)?;
+            true
+        } else {
             // The key of a request of no bytes is not looked at (IBTA volume 1, 9.7.5.1.1).
-            Some(rights) if request.len != 0 => {
-                if opcode.is_atomic() && !request.entry.remote_addr.is_multiple_of(8) {
-                    return Err(self.refuse(qp_type, peer, Nak::InvalidRequest));
-                }
-                let key = request.entry.rkey;
-                if self
-                    .remote_spans(responder_pd, key, remote, rights, (*done, part), far)
-                    .is_none()
-                {
-                    return Err(self.refuse(qp_type, peer, Nak::RemoteAccess));
-                }
-            }
-            Some(_) => {}
-            None => self.recv_spans(qp_type, peer, request, *done, part, 0, far)?,
+            request.len == 0
+                || misaligned
+                || self
+                    .remote_spans(responder, key, remote, rights, (*done, part), far)
+                    .is_some()
+        };
+        if !allowed {
+            return Err(self.refuse(qp_type, peer, Nak::RemoteAccess));
+        }
+        if misaligned || opcode.is_word() && !far.first().is_some_and(Span::is_word) {
+            return Err(self.refuse(qp_type, peer, Nak::InvalidRequest));
         }
         self.move_data(opcode, request, *done, part, near, far)
             .map_err(|fault| {
@@ -223,6 +238,14 @@ impl Engine {
         }
         if opcode.is_read_like() {
             return self.copy(near, Source::Spans(far));
+        }
+        if opcode == Opcode::AtomicWrite {
+            let inline = request.inline.as_slice().try_into().map(u64::from_ne_bytes);
+            let value = inline.ok().or_else(|| self.word(near));
+            let value = value.ok_or(Fault::Source)?;
+            let word = far.first().ok_or(Fault::Destination)?;
+            let written = self.atomic(word, Atomic::Write { value });
+            return written.map(|_| ()).ok_or(Fault::Destination);
         }
         if request.flags.contains(SendFlags::INLINE) {
             let bytes = request.inline.get(done as usize..(done + part) as usize);
@@ -319,7 +342,9 @@ impl Engine {
                     let cq = q.send_cq;
                     self.complete(cq, &entry, false);
                 }
-                if let Some(e) = self.endpoints.get_mut(endpoint) {
+                if let Some(e) = self.endpoints.get_mut(endpoint)
+                    && !opcode.is_local()
+                {
                     e.counters.sent_messages += 1;
                     e.counters.sent_bytes += request.len;
                 }

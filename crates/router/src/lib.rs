@@ -15,9 +15,12 @@ mod data;
 mod engine;
 mod exec;
 mod foreign;
+mod keys;
 mod lifecycle;
 mod mcast;
 mod memory;
+#[cfg(test)]
+mod memory_tests;
 mod objects;
 mod receive;
 mod regions;
@@ -28,6 +31,7 @@ mod srq;
 mod srq_tests;
 mod table;
 mod watch;
+mod windows;
 mod xrc;
 
 pub use admin::Admin;

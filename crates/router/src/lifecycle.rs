@@ -8,7 +8,6 @@ use std::time::Instant;
 use freeflow_session::Handle;
 use freeflow_shm::{DirtyMap, Doorbell, Region};
 use freeflow_types::{Gid, TenantId};
-use rustc_hash::FxHashMap;
 use rustix::io::Errno;
 
 use crate::engine::Engine;
@@ -102,7 +101,7 @@ impl Engine {
             memory: None,
             slots: Vec::new(),
             free_slots: VecDeque::new(),
-            keys: FxHashMap::default(),
+            keys: Default::default(),
             outbox: VecDeque::new(),
             counts: Counts::default(),
             hot: false,

@@ -11,10 +11,10 @@ use freeflow_shm::{
 };
 use freeflow_transport::Qp;
 use freeflow_types::{Access, Gid, Key, QpType, Qpn, TenantId, VirtualIp};
-use rustc_hash::FxHashMap;
 
 use crate::EndReason;
 use crate::foreign::ForeignMemory;
+use crate::keys::Keys;
 use crate::memory::{Areas, Range};
 use crate::srq::Ticket;
 use crate::xrc::XrcRecv;
@@ -60,7 +60,7 @@ pub(crate) struct Session {
     /// Queues by their slot in the dirty map.
     pub(crate) slots: Vec<Option<Slot>>,
     pub(crate) free_slots: VecDeque<u32>,
-    pub(crate) keys: FxHashMap<u32, Handle>,
+    pub(crate) keys: Keys,
     pub(crate) outbox: VecDeque<QueuedEvent>,
     pub(crate) counts: Counts,
     /// Whether the engine looks at the dirty map without being asked to.
@@ -84,6 +84,9 @@ pub(crate) struct Counts {
     pub(crate) contexts: u32,
     pub(crate) pds: u32,
     pub(crate) mrs: u32,
+    pub(crate) mws: u32,
+    /// Bytes of device memory, in whole pages.
+    pub(crate) device: u64,
     pub(crate) channels: u32,
     pub(crate) cqs: u32,
     pub(crate) qps: u32,
@@ -156,6 +159,8 @@ pub(crate) enum Backing {
     Pool { segment: u32, offset: u64 },
     /// The owner's own memory, from this address.
     Foreign { addr: u64 },
+    /// Nothing: reads as zeroes, swallows what is written.
+    Null,
 }
 
 /// A part of a memory region.
@@ -178,6 +183,33 @@ pub(crate) struct Mr {
     pub(crate) len: u64,
     pub(crate) access: Access,
     pub(crate) pieces: Vec<Piece>,
+    /// The device memory it is in.
+    pub(crate) dm: Option<Handle>,
+    /// Windows bound to it.
+    pub(crate) windows: u32,
+}
+
+impl Mr {
+    /// Bytes registered and, of these, foreign ones, as the session's counts have them.
+    pub(crate) fn weight(&self) -> (u64, u64) {
+        let sum = |of: fn(&Backing) -> bool| {
+            let pieces = self.pieces.iter().filter(|p| of(&p.backing));
+            pieces.map(|p| p.len).sum()
+        };
+        let registered = sum(|b| !matches!(b, Backing::Null));
+        (registered, sum(|b| matches!(b, Backing::Foreign { .. })))
+    }
+}
+
+/// Device memory: pages of a pool segment that the program reaches by copying alone.
+#[derive(Debug)]
+pub(crate) struct Dm {
+    pub(crate) session: Handle,
+    pub(crate) context: Handle,
+    pub(crate) range: Range,
+    pub(crate) len: u64,
+    /// Regions in it.
+    pub(crate) users: u32,
 }
 
 /// Completion queue.

@@ -150,13 +150,26 @@ impl Engine {
                 with.imm = request.entry.imm;
                 with.wc_flags = WcFlags::WITH_IMM.bits();
             }
+            let mut status = WcStatus::Success;
+            if opcode == Opcode::SendInv {
+                if self.invalidate(qp, request.entry.imm).is_some() {
+                    with.imm = request.entry.imm;
+                    with.wc_flags = WcFlags::WITH_INV.bits();
+                } else {
+                    status = WcStatus::RemInvReqErr;
+                }
+            }
             let wc = if opcode == Opcode::RdmaWriteImm {
                 WcOpcode::RecvRdmaWithImm
             } else {
                 WcOpcode::Recv
             };
             let solicited = request.flags.contains(SendFlags::SOLICITED);
-            self.finish_recv(qp, WcStatus::Success, wc, &with, solicited);
+            self.finish_recv(qp, status, wc, &with, solicited);
+            if status != WcStatus::Success {
+                // The message itself is acknowledged (IBTA volume 1, 9.9.3.1, class J).
+                self.enter_error(qp, None);
+            }
         }
         if early {
             self.qp_event(qp, AsyncEventType::CommEst);

@@ -1,29 +1,52 @@
-//! Control verbs of memory regions.
+//! Control verbs of memory regions and device memory.
 
-use freeflow_session::{Handle, MrRegistered, PieceKind, RegMr, Reply};
-use freeflow_types::{Access, Key};
+use freeflow_session::{
+    AdviseMr, DmAllocated, Handle, MrRegistered, PieceKind, RegDmMr, RegMr, Reply, ReregMr,
+    Translation,
+};
+use freeflow_types::Access;
 use rustix::io::Errno;
 
-use crate::control::{Outcome, done, random_u32};
+use crate::control::{Outcome, done};
 use crate::engine::Engine;
-use crate::objects::{Backing, Mr, Piece};
+use crate::keys::Named;
+use crate::objects::{Backing, Dm, Mr, Piece};
+
+/// Rights that a region may have. Pages of a memfd do not survive the host: nothing here is
+/// persistent.
+fn check_access(access: Access) -> Result<(), Errno> {
+    if access.contains(Access::FLUSH_PERSISTENT) {
+        return Err(Errno::OPNOTSUPP);
+    }
+    let known = Access::all().contains(access);
+    let changes = access.intersects(Access::REMOTE_CHANGE);
+    if !known || (changes && !access.contains(Access::LOCAL_WRITE)) {
+        return Err(Errno::INVAL);
+    }
+    Ok(())
+}
 
 impl Engine {
     pub(crate) fn reg_mr(&mut self, session: Handle, request: &RegMr) -> Outcome {
-        let remote_change = Access::REMOTE_WRITE | Access::REMOTE_ATOMIC;
-        let access = request.access;
-        if access.intersects(remote_change) && !access.contains(Access::LOCAL_WRITE) {
-            return Err(Errno::INVAL);
-        }
-        let context = self.own_pd(session, request.pd)?.context;
-        let limit = self.limits.max_mr;
+        check_access(request.access)?;
+        let pieces = self.pieces(session, &request.translation)?;
+        let (iova, len) = (request.translation.iova, request.translation.len);
+        self.add_mr(
+            session,
+            request.pd,
+            request.access,
+            (iova, len),
+            pieces,
+            None,
+        )
+    }
+
+    /// What backs a region that a session describes.
+    fn pieces(&self, session: Handle, at: &Translation) -> Result<Vec<Piece>, Errno> {
         let s = self.sessions.get(session).ok_or(Errno::INVAL)?;
-        if s.counts.mrs >= limit {
-            return Err(Errno::NOMEM);
-        }
-        let mut pieces = Vec::with_capacity(request.pieces.len());
-        let (mut start, mut foreign) = (0, 0);
-        for piece in request.pieces.iter().filter(|p| p.len != 0) {
+        let mut pieces = Vec::with_capacity(at.pieces.len());
+        let mut start = 0;
+        for piece in at.pieces.iter().filter(|p| p.len != 0) {
             let backing = match piece.kind {
                 PieceKind::Pool { segment, offset } => {
                     // Validated not to overflow.
@@ -36,7 +59,6 @@ impl Engine {
                     if s.memory.is_none() {
                         return Err(Errno::PERM);
                     }
-                    foreign += piece.len;
                     Backing::Foreign { addr }
                 }
             };
@@ -47,52 +69,242 @@ impl Engine {
             });
             start += piece.len;
         }
-        let key = loop {
-            let key = random_u32()?;
-            if key != 0 && !s.keys.contains_key(&key) {
-                break key;
-            }
-        };
-        let mr = Mr {
+        Ok(pieces)
+    }
+
+    fn add_mr(
+        &mut self,
+        session: Handle,
+        pd: Handle,
+        access: Access,
+        (iova, len): (u64, u64),
+        pieces: Vec<Piece>,
+        dm: Option<Handle>,
+    ) -> Outcome {
+        let context = self.own_pd(session, pd)?.context;
+        let limit = self.limits.max_mr;
+        let s = self.session_mut(session)?;
+        if s.counts.mrs >= limit {
+            return Err(Errno::NOMEM);
+        }
+        let key = s.keys.choose()?;
+        let region = Mr {
             session,
             context,
-            pd: request.pd,
-            key: Key(key),
-            iova: request.iova,
-            len: request.len,
+            pd,
+            key,
+            iova,
+            len,
             access,
             pieces,
+            dm,
+            windows: 0,
         };
-        let mr = self.mrs.insert(mr).ok_or(Errno::NOMEM)?;
+        let (registered, foreign) = region.weight();
+        let mr = self.mrs.insert(region).ok_or(Errno::NOMEM)?;
         let s = self.session_mut(session)?;
-        s.keys.insert(key, mr);
+        s.keys.insert(key, Named::Region(mr));
         s.counts.mrs += 1;
-        s.counts.registered += request.len;
+        s.counts.registered += registered;
         s.counts.foreign += foreign;
-        self.own_pd(session, request.pd)?.users += 1;
-        Ok((Reply::Mr(MrRegistered { mr, key: Key(key) }), Vec::new()))
+        self.own_pd(session, pd)?.users += 1;
+        if let Some(dm) = dm.and_then(|dm| self.dms.get_mut(dm)) {
+            dm.users += 1;
+        }
+        Ok((Reply::Mr(MrRegistered { mr, key }), Vec::new()))
+    }
+
+    fn own_mr(&mut self, session: Handle, mr: Handle) -> Result<&mut Mr, Errno> {
+        self.mrs
+            .get_mut(mr)
+            .filter(|m| m.session == session)
+            .ok_or(Errno::INVAL)
+    }
+
+    /// The region as it will be is checked as a whole before anything changes. Requests that are
+    /// being executed find the new region with their next part.
+    pub(crate) fn rereg_mr(&mut self, session: Handle, request: &ReregMr) -> Outcome {
+        let m = self.own_mr(session, request.mr)?;
+        let (context, old_pd, windows) = (m.context, m.pd, m.windows);
+        let plain = m.dm.is_none() && m.pieces.iter().all(|p| p.backing != Backing::Null);
+        if !plain {
+            return Err(Errno::INVAL);
+        }
+        if windows != 0 {
+            return Err(Errno::BUSY);
+        }
+        if let Some(access) = request.access {
+            check_access(access)?;
+        }
+        let pd = request.pd.unwrap_or(old_pd);
+        if self.own_pd(session, pd)?.context != context {
+            return Err(Errno::INVAL);
+        }
+        let place = match &request.translation {
+            Some(to) => Some((to.iova, to.len, self.pieces(session, to)?)),
+            None => None,
+        };
+        let m = self.own_mr(session, request.mr)?;
+        let old = m.weight();
+        m.pd = pd;
+        m.access = request.access.unwrap_or(m.access);
+        if let Some(place) = place {
+            (m.iova, m.len, m.pieces) = place;
+        }
+        let new = m.weight();
+        let counts = &mut self.session_mut(session)?.counts;
+        counts.registered = counts.registered - old.0 + new.0;
+        counts.foreign = counts.foreign - old.1 + new.1;
+        self.own_pd(session, old_pd)?.users -= 1;
+        self.own_pd(session, pd)?.users += 1;
+        done()
+    }
+
+    /// A region of all addresses that is nowhere (`ibv_alloc_null_mr(3)`); peers have no rights.
+    pub(crate) fn alloc_null_mr(&mut self, session: Handle, pd: Handle) -> Outcome {
+        let everything = Piece {
+            start: 0,
+            len: u64::MAX,
+            backing: Backing::Null,
+        };
+        let range = (0, u64::MAX);
+        self.add_mr(
+            session,
+            pd,
+            Access::LOCAL_WRITE,
+            range,
+            vec![everything],
+            None,
+        )
+    }
+
+    /// Nothing is fetched here: foreign pages come when they are used. The program has them
+    /// fetched if this says that it may (`ibv_advise_mr(3)`).
+    pub(crate) fn advise_mr(&mut self, session: Handle, request: &AdviseMr) -> Outcome {
+        self.own_pd(session, request.pd)?;
+        for range in &request.ranges {
+            let s = self.session_mut(session)?;
+            let mr = match s.keys.get(range.key.0) {
+                Some(Named::Region(mr)) => self.mrs.get(mr).filter(|m| m.key == range.key),
+                Some(Named::Window(_)) => return Err(Errno::INVAL),
+                None => None,
+            };
+            let mr = mr.ok_or(Errno::NOENT)?;
+            if mr.pd != request.pd {
+                return Err(Errno::PERM);
+            }
+            if !mr.access.contains(Access::ON_DEMAND) {
+                return Err(Errno::INVAL);
+            }
+            if request.write && !mr.access.contains(Access::LOCAL_WRITE) {
+                return Err(Errno::PERM);
+            }
+            mr.offset(range.addr, range.len).ok_or(Errno::FAULT)?;
+        }
+        done()
     }
 
     pub(crate) fn dereg_mr(&mut self, session: Handle, mr: Handle) -> Outcome {
-        self.mrs
-            .get(mr)
-            .filter(|m| m.session == session)
-            .ok_or(Errno::INVAL)?;
+        if self.own_mr(session, mr)?.windows != 0 {
+            return Err(Errno::BUSY);
+        }
         self.remove_mr(mr);
         done()
     }
 
+    /// Removes a region to which no window is bound.
     pub(crate) fn remove_mr(&mut self, mr: Handle) {
         let Some(m) = self.mrs.remove(mr) else { return };
         if let Some(pd) = self.pds.get_mut(m.pd) {
             pd.users -= 1;
         }
-        if let Some(s) = self.sessions.get_mut(m.session) {
-            let foreign = |p: &&Piece| matches!(p.backing, Backing::Foreign { .. });
-            s.keys.remove(&m.key.0);
-            s.counts.mrs -= 1;
-            s.counts.registered -= m.len;
-            s.counts.foreign -= m.pieces.iter().filter(foreign).map(|p| p.len).sum::<u64>();
+        if let Some(dm) = m.dm.and_then(|dm| self.dms.get_mut(dm)) {
+            dm.users -= 1;
         }
+        if let Some(s) = self.sessions.get_mut(m.session) {
+            let (registered, foreign) = m.weight();
+            s.keys.remove(m.key);
+            s.counts.mrs -= 1;
+            s.counts.registered -= registered;
+            s.counts.foreign -= foreign;
+        }
+    }
+
+    fn own_dm(&mut self, session: Handle, dm: Handle) -> Result<&mut Dm, Errno> {
+        self.dms
+            .get_mut(dm)
+            .filter(|d| d.session == session)
+            .ok_or(Errno::INVAL)
+    }
+
+    pub(crate) fn alloc_dm(&mut self, session: Handle, context: Handle, len: u64) -> Outcome {
+        self.own_context(session, context)?;
+        let limit = self.limits.max_dm_size;
+        let s = self.session_mut(session)?;
+        if len > limit.saturating_sub(s.counts.device) {
+            return Err(Errno::NOMEM);
+        }
+        let range = s.segments.alloc(len)?;
+        let dm = Dm {
+            session,
+            context,
+            range,
+            len,
+            users: 0,
+        };
+        let Some(dm) = self.dms.insert(dm) else {
+            self.session_mut(session)?.segments.free(range)?;
+            return Err(Errno::NOMEM);
+        };
+        let s = self.session_mut(session)?;
+        s.counts.device += range.len;
+        let fds = s.segments.show(range.area).into_iter().collect();
+        let reply = Reply::Dm(DmAllocated {
+            dm,
+            segment: range.area,
+            offset: range.offset,
+        });
+        Ok((reply, fds))
+    }
+
+    pub(crate) fn free_dm(&mut self, session: Handle, dm: Handle) -> Outcome {
+        if self.own_dm(session, dm)?.users != 0 {
+            return Err(Errno::BUSY);
+        }
+        self.remove_dm(dm);
+        done()
+    }
+
+    /// Removes device memory in which no region is.
+    pub(crate) fn remove_dm(&mut self, dm: Handle) {
+        let Some(d) = self.dms.remove(dm) else { return };
+        if let Some(s) = self.sessions.get_mut(d.session) {
+            s.counts.device -= d.range.len;
+            // A session that has given the pages back itself harms itself alone.
+            let _ = s.segments.free(d.range);
+        }
+    }
+
+    pub(crate) fn reg_dm_mr(&mut self, session: Handle, request: &RegDmMr) -> Outcome {
+        check_access(request.access)?;
+        if !request.access.contains(Access::ZERO_BASED) {
+            return Err(Errno::INVAL);
+        }
+        let context = self.own_pd(session, request.pd)?.context;
+        let dm = self.own_dm(session, request.dm)?;
+        // Validated not to overflow.
+        if dm.context != context || request.offset + request.len > dm.len {
+            return Err(Errno::INVAL);
+        }
+        let piece = Piece {
+            start: 0,
+            len: request.len,
+            backing: Backing::Pool {
+                segment: dm.range.area,
+                offset: dm.range.offset + request.offset,
+            },
+        };
+        let (range, dm) = ((0, request.len), Some(request.dm));
+        self.add_mr(session, request.pd, request.access, range, vec![piece], dm)
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use freeflow_session::{
     CreateCq, CreateQp, CreateSrq, Event, FileId, Handle, ModifySrq, OpenXrcQp, OpenXrcd,
-    PieceDesc, PieceKind, RegMr, Reply, Request, XrcSrq,
+    PieceDesc, PieceKind, RegMr, Reply, Request, Translation, XrcSrq,
 };
 use freeflow_shm::{CompletionEntry, RecvEntry, SendEntry, Sge, event_pair};
 use freeflow_types::{
@@ -337,10 +337,12 @@ impl Host {
         let kind = PieceKind::Pool { segment, offset };
         let request = RegMr {
             pd: p.pd,
-            iova: 0,
-            len,
+            translation: Translation {
+                iova: 0,
+                len,
+                pieces: vec![PieceDesc { len, kind }],
+            },
             access: Access::LOCAL_WRITE,
-            pieces: vec![PieceDesc { len, kind }],
         };
         match self.ask(p.session, Request::RegMr(request)) {
             Ok(Reply::Mr(made)) => made.key,

@@ -13,14 +13,19 @@
 
 mod codec;
 mod event;
+mod memory;
 mod message;
 mod srq;
 
 pub use codec::{DecodeError, decode_reply, decode_request, encode_reply, encode_request};
 pub use event::Event;
+pub use memory::{
+    AdviseMr, AdvisedRange, AllocMw, DmAllocated, MAX_ADVISED, MAX_PIECES, MrRegistered,
+    MwAllocated, PieceDesc, PieceKind, RegDmMr, RegMr, ReregMr, Translation,
+};
 pub use message::{
-    CqCreated, CreateCq, CreateQp, DeviceInfo, Errno, Handle, Invalid, MAX_PIECES, MrRegistered,
-    PieceDesc, PieceKind, QpCreated, QpQueried, RegMr, Reply, Request, RingLocation, Welcome,
+    CqCreated, CreateCq, CreateQp, DeviceInfo, Errno, Handle, Invalid, QpCreated, QpQueried, Reply,
+    Request, RingLocation, Welcome,
 };
 pub use srq::{
     CreateSrq, FileId, ModifySrq, OpenXrcQp, OpenXrcd, SrqCreated, SrqQueried, XrcQpOpened, XrcSrq,

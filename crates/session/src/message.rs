@@ -1,12 +1,12 @@
 //! The messages.
 
-use freeflow_types::{Access, DeviceLimits, Gid, Key, QpAttr, QpAttrMask, QpCap, QpType, Qpn};
+use freeflow_types::{DeviceLimits, Gid, QpAttr, QpAttrMask, QpCap, QpType, Qpn};
 use serde::{Deserialize, Serialize};
 
+use crate::memory::{
+    AdviseMr, AllocMw, DmAllocated, MAX_ADVISED, MrRegistered, MwAllocated, RegDmMr, RegMr, ReregMr,
+};
 use crate::srq::{CreateSrq, ModifySrq, OpenXrcQp, OpenXrcd, SrqCreated, SrqQueried, XrcQpOpened};
-
-/// Most pieces of one memory region; a region in more pieces is refused with ENOMEM.
-pub const MAX_PIECES: usize = 2048;
 
 /// A handle of the session's own: opaque, with a generation in it, refused in any other session.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
@@ -27,47 +27,6 @@ pub struct RingLocation {
     pub offset: u64,
     /// Bytes of the object.
     pub len: u64,
-}
-
-/// What backs a piece of a memory region.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub enum PieceKind {
-    /// Pages of a pool segment.
-    Pool {
-        /// The segment.
-        segment: u32,
-        /// Offset in it, in bytes.
-        offset: u64,
-    },
-    /// The application's own memory, which the router reaches across processes.
-    Foreign {
-        /// Address in the application.
-        addr: u64,
-    },
-}
-
-/// A piece of a memory region; pieces follow each other without gaps.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct PieceDesc {
-    /// Bytes.
-    pub len: u64,
-    /// What backs them.
-    pub kind: PieceKind,
-}
-
-/// Registers a memory region.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct RegMr {
-    /// Protection domain.
-    pub pd: Handle,
-    /// Address that work requests use for the first byte.
-    pub iova: u64,
-    /// Bytes; the sum of the pieces.
-    pub len: u64,
-    /// Rights.
-    pub access: Access,
-    /// What backs the region, at most [`MAX_PIECES`].
-    pub pieces: Vec<PieceDesc>,
 }
 
 /// Creates a completion queue.
@@ -145,11 +104,41 @@ pub enum Request {
     AttachMemory,
     /// Registers memory. [`Reply::Mr`].
     RegMr(RegMr),
-    /// Deregisters memory. [`Reply::Done`].
+    /// Changes a memory region; EBUSY while a window is bound to it. [`Reply::Done`].
+    ReregMr(ReregMr),
+    /// Makes a region that swallows what is written and reads as zeroes. [`Reply::Mr`].
+    AllocNullMr {
+        /// Protection domain.
+        pd: Handle,
+    },
+    /// Asks whether ranges may be fetched ahead. [`Reply::Done`].
+    AdviseMr(AdviseMr),
+    /// Deregisters memory; EBUSY while a window is bound to it. [`Reply::Done`].
     DeregMr {
         /// The region.
         mr: Handle,
     },
+    /// Allocates a memory window. [`Reply::Mw`].
+    AllocMw(AllocMw),
+    /// Unbinds and frees a memory window. [`Reply::Done`].
+    DeallocMw {
+        /// The window.
+        mw: Handle,
+    },
+    /// Allocates device memory. [`Reply::Dm`]; descriptor: the segment, if it is new.
+    AllocDm {
+        /// The context.
+        context: Handle,
+        /// Bytes.
+        len: u64,
+    },
+    /// Frees device memory; EBUSY while a region is in it. [`Reply::Done`].
+    FreeDm {
+        /// The device memory.
+        dm: Handle,
+    },
+    /// Registers device memory. [`Reply::Mr`].
+    RegDmMr(RegDmMr),
     /// Creates a completion channel. [`Reply::Created`]; descriptor: completion events.
     CreateChannel {
         /// The context.
@@ -278,15 +267,6 @@ pub struct Welcome {
     pub region: RingLocation,
 }
 
-/// Answer to [`Request::RegMr`].
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct MrRegistered {
-    /// The region.
-    pub mr: Handle,
-    /// Its key; local and remote are the same.
-    pub key: Key,
-}
-
 /// Answer to [`Request::CreateCq`] and [`Request::ResizeCq`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct CqCreated {
@@ -340,6 +320,10 @@ pub enum Reply {
     },
     /// A new memory region.
     Mr(MrRegistered),
+    /// A new memory window.
+    Mw(MwAllocated),
+    /// Device memory.
+    Dm(DmAllocated),
     /// A new completion queue.
     Cq(CqCreated),
     /// A new queue pair.
@@ -356,19 +340,39 @@ pub enum Reply {
 
 /// Why a well-formed request cannot be meant.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{what} is {value}, at most {limit}")]
+#[error("{what} is {value}, not {least} to {limit}")]
 pub struct Invalid {
     /// What is out of bounds.
     pub what: &'static str,
     /// Its value.
     pub value: u64,
-    /// The bound.
+    /// Least value.
+    pub least: u64,
+    /// Greatest value.
     pub limit: u64,
 }
 
 pub(crate) fn at_most(what: &'static str, value: u64, limit: u64) -> Result<(), Invalid> {
     if value > limit {
-        Err(Invalid { what, value, limit })
+        Err(Invalid {
+            what,
+            value,
+            least: 0,
+            limit,
+        })
+    } else {
+        Ok(())
+    }
+}
+
+pub(crate) fn at_least_one(what: &'static str, value: u64) -> Result<(), Invalid> {
+    if value == 0 {
+        Err(Invalid {
+            what,
+            value,
+            least: 1,
+            limit: u64::MAX,
+        })
     } else {
         Ok(())
     }
@@ -376,15 +380,8 @@ pub(crate) fn at_most(what: &'static str, value: u64, limit: u64) -> Result<(), 
 
 /// A completion queue has at least one entry (`ibv_create_cq(3)`, `ibv_resize_cq(3)`).
 fn entries(cqe: u32, limits: &DeviceLimits) -> Result<(), Invalid> {
-    let limit = limits.max_cqe.into();
-    match cqe {
-        0 => Err(Invalid {
-            what: "cqe",
-            value: 0,
-            limit,
-        }),
-        cqe => at_most("cqe", cqe.into(), limit),
-    }
+    at_least_one("cqe", cqe.into())?;
+    at_most("cqe", cqe.into(), limits.max_cqe.into())
 }
 
 impl Request {
@@ -414,21 +411,19 @@ impl Request {
                 )
             }
             Request::AllocPages { len } => at_most("pages", *len, limits.max_mr_size),
-            Request::RegMr(r) => {
-                at_most("length", r.len, limits.max_mr_size)?;
-                at_most("pieces", r.pieces.len() as u64, MAX_PIECES as u64)?;
-                let mut sum = 0u64;
-                for piece in &r.pieces {
-                    sum = sum.saturating_add(piece.len);
-                    let start = match piece.kind {
-                        PieceKind::Pool { offset, .. } => offset,
-                        PieceKind::Foreign { addr } => addr,
-                    };
-                    at_most("piece", piece.len, u64::MAX - start)?;
-                }
-                at_most("sum of pieces", sum, r.len)?;
-                at_most("length", r.len, sum)?;
-                at_most("iova", r.iova, u64::MAX - r.len)
+            Request::RegMr(r) => r.translation.validate(limits.max_mr_size),
+            Request::ReregMr(r) => match &r.translation {
+                Some(to) => to.validate(limits.max_mr_size),
+                None => Ok(()),
+            },
+            Request::AdviseMr(a) => at_most("ranges", a.ranges.len() as u64, MAX_ADVISED as u64),
+            Request::AllocDm { len, .. } => {
+                at_least_one("length", *len)?;
+                at_most("length", *len, limits.max_dm_size)
+            }
+            Request::RegDmMr(r) => {
+                at_least_one("length", r.len)?;
+                at_most("offset", r.offset, u64::MAX - r.len)
             }
             Request::CreateSrq(c) => c.validate(limits),
             Request::ModifySrq(m) => m.validate(limits),
@@ -443,7 +438,11 @@ impl Request {
             | Request::DeallocPd { .. }
             | Request::FreePages { .. }
             | Request::AttachMemory
+            | Request::AllocNullMr { .. }
             | Request::DeregMr { .. }
+            | Request::AllocMw(_)
+            | Request::DeallocMw { .. }
+            | Request::FreeDm { .. }
             | Request::CreateChannel { .. }
             | Request::DestroyChannel { .. }
             | Request::DestroyCq { .. }
@@ -464,51 +463,6 @@ impl Request {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn reg(len: u64, pieces: Vec<PieceDesc>) -> Request {
-        let access = Access::LOCAL_WRITE;
-        Request::RegMr(RegMr {
-            pd: Handle(0),
-            iova: 0x1000,
-            len,
-            access,
-            pieces,
-        })
-    }
-
-    fn foreign(addr: u64, len: u64) -> PieceDesc {
-        PieceDesc {
-            len,
-            kind: PieceKind::Foreign { addr },
-        }
-    }
-
-    #[test]
-    fn pieces_must_cover_the_region_exactly() {
-        let limits = DeviceLimits::default();
-        assert!(
-            reg(10, vec![foreign(0, 4), foreign(8, 6)])
-                .validate(&limits)
-                .is_ok()
-        );
-        assert!(
-            reg(11, vec![foreign(0, 4), foreign(8, 6)])
-                .validate(&limits)
-                .is_err()
-        );
-        assert!(
-            reg(9, vec![foreign(0, 4), foreign(8, 6)])
-                .validate(&limits)
-                .is_err()
-        );
-        assert!(
-            reg(4, vec![foreign(u64::MAX - 1, 4)])
-                .validate(&limits)
-                .is_err()
-        );
-        let overflow = vec![foreign(0, u64::MAX), foreign(0, 5)];
-        assert!(reg(4, overflow).validate(&limits).is_err());
-    }
 
     #[test]
     fn queue_sizes_are_bounded() {

@@ -3,7 +3,7 @@
 use freeflow_types::{DeviceLimits, Qpn};
 use serde::{Deserialize, Serialize};
 
-use crate::message::{Handle, Invalid, RingLocation, at_most};
+use crate::message::{Handle, Invalid, RingLocation, at_least_one, at_most};
 
 /// What makes a shared receive queue one of XRC.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -127,16 +127,8 @@ impl ModifySrq {
 }
 
 fn size(max_wr: u32, limits: &DeviceLimits) -> Result<(), Invalid> {
-    let limit = limits.max_srq_wr.into();
-    if max_wr == 0 {
-        let what = "max_wr";
-        return Err(Invalid {
-            what,
-            value: 0,
-            limit,
-        });
-    }
-    at_most("max_wr", max_wr.into(), limit)
+    at_least_one("max_wr", max_wr.into())?;
+    at_most("max_wr", max_wr.into(), limits.max_srq_wr.into())
 }
 
 #[cfg(test)]

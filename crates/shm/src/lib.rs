@@ -29,7 +29,7 @@ pub use dirty::{DirtyMap, MAX_SLOTS};
 pub use qp::{QpGeometry, QpRings};
 pub use srq::{SrqGeometry, SrqRing};
 pub use sync::AtomicU64;
-pub use wqe::{CompletionEntry, RecvEntry, SendEntry, Sge};
+pub use wqe::{Bind, CompletionEntry, RecvEntry, SendEntry, Sge};
 
 #[cfg(not(loom))]
 pub use doorbell::{Doorbell, event_pair};

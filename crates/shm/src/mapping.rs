@@ -31,7 +31,7 @@ pub fn sealed_memfd(name: &str, len: u64) -> Result<OwnedFd, Errno> {
     Ok(fd)
 }
 
-/// A shared mapping of a whole sealed memfd, readable and writable.
+/// A shared mapping of a sealed memfd or of a part of it, readable and writable.
 pub struct Mapping {
     base: NonNull<u8>,
     len: usize,
@@ -46,15 +46,23 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Maps the first `len` bytes of a memfd; EINVAL if it is not sealed or is shorter.
     pub fn new(fd: impl AsFd, len: u64) -> Result<Self, Errno> {
-        let size = rustix::fs::fstat(&fd)?.st_size;
+        Self::part(fd, 0, len)
+    }
+
+    /// Maps `len` bytes of a memfd from `offset`, a multiple of the page size; EINVAL if it is
+    /// not sealed or does not have them.
+    pub fn part(fd: impl AsFd, offset: u64, len: u64) -> Result<Self, Errno> {
+        let size = u64::try_from(rustix::fs::fstat(&fd)?.st_size).unwrap_or(0);
         let sealed = fcntl_get_seals(&fd)?.contains(SealFlags::SHRINK);
+        let fits = offset.checked_add(len).is_some_and(|end| end <= size);
         let len = usize::try_from(len).map_err(|_| Errno::INVAL)?;
-        if !sealed || u64::try_from(size).unwrap_or(0) < len as u64 || len == 0 {
+        if !sealed || !fits || len == 0 {
             return Err(Errno::INVAL);
         }
         let prot = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::SHARED;
         // SAFETY: a fresh mapping at an address of the kernel's choice aliases nothing.
-        let base = unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, fd, 0)? };
+        let base = unsafe { mmap(std::ptr::null_mut(), len, prot, flags, fd, offset)? };
         let base = NonNull::new(base.cast()).ok_or(Errno::NOMEM)?;
         Ok(Mapping { base, len })
     }
@@ -143,6 +151,14 @@ impl Mapping {
         )
     }
 
+    /// Atomic write of the 8 aligned bytes at `offset`.
+    pub fn store(&self, offset: u64, value: u64) -> Result<(), OutOfBounds> {
+        let word = self.words(offset, 8)?.first().ok_or(OutOfBounds)?;
+        // SeqCst: as in `compare_swap`.
+        word.store(value, Ordering::SeqCst);
+        Ok(())
+    }
+
     /// Atomic fetch and add of the 8 aligned bytes at `offset`; returns the old value.
     pub fn fetch_add(&self, offset: u64, add: u64) -> Result<u64, OutOfBounds> {
         let word = self.words(offset, 8)?.first().ok_or(OutOfBounds)?;
@@ -210,6 +226,21 @@ mod tests {
     }
 
     #[test]
+    fn a_part_is_a_window_on_the_whole() {
+        let page = rustix::param::page_size() as u64;
+        let fd = sealed_memfd("t", 2 * page).unwrap();
+        let whole = Mapping::new(&fd, 2 * page).unwrap();
+        let part = Mapping::part(&fd, page, page).unwrap();
+        part.write(0, b"here").unwrap();
+        let mut out = [0; 4];
+        whole.read(page, &mut out).unwrap();
+        assert_eq!(&out, b"here");
+        for (offset, len) in [(page, page + 1), (u64::MAX - page + 1, page), (page, 0)] {
+            assert_eq!(Mapping::part(&fd, offset, len).unwrap_err(), Errno::INVAL);
+        }
+    }
+
+    #[test]
     fn accesses_are_bounded() {
         let fd = sealed_memfd("t", 8192).unwrap();
         let a = Mapping::new(&fd, 8192).unwrap();
@@ -230,5 +261,8 @@ mod tests {
         assert_eq!(b.compare_swap(16, 5, 1), Ok(9));
         assert_eq!(b.compare_swap(8192, 0, 1), Err(OutOfBounds));
         assert_eq!(b.fetch_add(12, 1), Err(OutOfBounds));
+        b.store(16, 7).unwrap();
+        assert_eq!(a.fetch_add(16, 0), Ok(7));
+        assert_eq!(b.store(20, 7), Err(OutOfBounds));
     }
 }

@@ -53,15 +53,15 @@ pub struct SendEntry {
     pub num_sge: u16,
     /// Inline bytes behind the entry.
     pub inline_len: u32,
-    /// Immediate data, bytes as the program gave them.
+    /// Immediate data, bytes as the program gave them; or the key to invalidate.
     pub imm: u32,
     /// Remote key.
     pub rkey: u32,
     /// Remote address.
     pub remote_addr: u64,
-    /// Atomics: compare or add operand.
+    /// Atomics: compare or add operand. Flush: bytes.
     pub compare_add: u64,
-    /// Atomics: swap operand.
+    /// Atomics: swap operand. Flush: `FlushSpec`.
     pub swap: u64,
     /// XRC: the shared receive queue that is meant.
     pub remote_srqn: u32,
@@ -73,7 +73,49 @@ pub struct SendEntry {
     pub remote_qkey: u32,
 }
 
+/// What binds a memory window, in the fields of a [`SendEntry`] that binding does not need
+/// otherwise. Numbers are raw.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Bind {
+    /// Handle of the window.
+    pub window: u32,
+    /// Key wanted; its low byte counts.
+    pub rkey: u32,
+    /// Local key of the region.
+    pub lkey: u32,
+    /// First address in the region.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u64,
+    /// `enum ibv_access_flags`.
+    pub access: u32,
+}
+
 impl SendEntry {
+    /// The entry that binds a window, but for the program's number and flags.
+    pub fn from_bind(bind: &Bind) -> Self {
+        SendEntry {
+            imm: bind.lkey,
+            rkey: bind.rkey,
+            remote_addr: bind.addr,
+            compare_add: bind.len,
+            swap: pair(bind.window, bind.access),
+            ..SendEntry::default()
+        }
+    }
+
+    /// What the entry binds, if it is one that does.
+    pub fn bind(&self) -> Bind {
+        Bind {
+            window: low(self.swap),
+            rkey: self.rkey,
+            lkey: self.imm,
+            addr: self.remote_addr,
+            len: self.compare_add,
+            access: high(self.swap),
+        }
+    }
+
     /// Words before the data.
     pub const WORDS: usize = 8;
 
@@ -390,6 +432,15 @@ mod tests {
             let entry = SendEntry { remote_srqn: imm, ..entry };
             entry.store(QpType::XrcSend, &words);
             prop_assert_eq!(SendEntry::load(QpType::XrcSend, &words), entry);
+        }
+
+        #[test]
+        fn a_bind_round_trips(window: u32, rkey: u32, lkey: u32, addr: u64, len: u64,
+            access: u32) {
+            let words = words(8);
+            let bind = Bind { window, rkey, lkey, addr, len, access };
+            SendEntry::from_bind(&bind).store(QpType::Uc, &words);
+            prop_assert_eq!(SendEntry::load(QpType::Uc, &words).bind(), bind);
         }
 
         #[test]

@@ -19,9 +19,12 @@ pub enum PostError {
     /// More inline bytes than the queue pair was created for.
     #[error("{0} inline bytes, at most {1}")]
     Inline(u64, u32),
-    /// An atomic is of one element of 8 bytes.
+    /// An atomic, or an atomic write that is not inline, is of one element; all are of 8 bytes.
     #[error("an atomic of {0} elements and {1} bytes")]
     Atomic(u32, u64),
+    /// Operations on memory windows, and flushes, have no data of their own.
+    #[error("operation {0:?} with {1} elements and {2} bytes")]
+    Data(Opcode, u32, u64),
     /// A datagram fits one packet, a message 2^31 bytes.
     #[error("{0} bytes, at most {1}")]
     Length(u64, u64),
@@ -60,8 +63,12 @@ pub fn check_send(
     } else if elements > cap.max_send_sge {
         return Err(PostError::Elements(elements, cap.max_send_sge));
     }
-    if opcode.is_atomic() && (elements != 1 || len != 8) {
+    let one = elements == 1 || flags.contains(SendFlags::INLINE);
+    if opcode.is_word() && (!one || len != 8) {
         return Err(PostError::Atomic(elements, len));
+    }
+    if (opcode.is_local() || opcode == Opcode::Flush) && (elements, len) != (0, 0) {
+        return Err(PostError::Data(opcode, elements, len));
     }
     let longest = if qp_type == QpType::Ud {
         mtu.bytes().into()
@@ -118,6 +125,27 @@ mod tests {
             check(rc, Opcode::FetchAdd, none, 1, 4),
             Err(PostError::Atomic(1, 4))
         );
+        assert_eq!(check(rc, Opcode::AtomicWrite, none, 1, 8), Ok(()));
+        assert_eq!(check(rc, Opcode::AtomicWrite, inline, 0, 8), Ok(()));
+        assert_eq!(
+            check(rc, Opcode::AtomicWrite, none, 2, 8),
+            Err(PostError::Atomic(2, 8))
+        );
+        assert_eq!(
+            check(rc, Opcode::AtomicWrite, inline, 0, 7),
+            Err(PostError::Atomic(0, 7))
+        );
+        for bare in [Opcode::BindMw, Opcode::LocalInv, Opcode::Flush] {
+            assert_eq!(check(rc, bare, none, 0, 0), Ok(()));
+            assert_eq!(
+                check(rc, bare, none, 1, 0),
+                Err(PostError::Data(bare, 1, 0))
+            );
+            assert_eq!(
+                check(rc, bare, inline, 0, 1),
+                Err(PostError::Data(bare, 0, 1))
+            );
+        }
         assert_eq!(check(ud, Opcode::Send, none, 1, 4096), Ok(()));
         assert_eq!(
             check(ud, Opcode::Send, none, 1, 4097),

@@ -1,7 +1,7 @@
 //! A queue pair's state, its retries and its sequence numbers.
 
 use freeflow_types::{
-    AsyncEventType, Mtu, Opcode, Psn, QpAttr, QpAttrMask, QpCap, QpState, QpType, WcStatus,
+    Access, AsyncEventType, Mtu, Opcode, Psn, QpAttr, QpAttrMask, QpCap, QpState, QpType, WcStatus,
     rnr_timer_ns, timeout_ns,
 };
 use serde::{Deserialize, Serialize};
@@ -35,6 +35,8 @@ pub enum Outcome {
     LocalLength,
     /// The request is not legal on this queue pair.
     LocalQpOperation,
+    /// A memory window cannot be bound so.
+    BindRefused,
 }
 
 /// What a requester does next.
@@ -181,19 +183,13 @@ impl Qp {
         )
     }
 
-    /// Responder: whether the queue pair takes such a request. An operation that its access flags
-    /// do not enable is invalid, as is a read or atomic beyond the resources granted: only a key
-    /// can be an access error (IBTA volume 1, table 57, "unsupported or reserved opcode"; 11.6.2).
-    pub fn check_request(&self, opcode: Opcode) -> Result<(), Nak> {
-        use freeflow_types::Access;
-        let need = match opcode {
-            Opcode::RdmaWrite | Opcode::RdmaWriteImm => Access::REMOTE_WRITE,
-            Opcode::RdmaRead => Access::REMOTE_READ,
-            Opcode::CompareSwap | Opcode::FetchAdd => Access::REMOTE_ATOMIC,
-            Opcode::Send | Opcode::SendImm => Access::empty(),
-        };
-        let granted = !opcode.is_read_like() || self.attr.max_dest_rd_atomic != 0;
-        if self.attr.access.contains(need) && granted {
+    /// Responder: whether the queue pair takes such a request, which asks for `rights`. An
+    /// operation that its access flags do not enable is invalid, as is a read or atomic beyond the
+    /// resources granted: only a key can be an access error (IBTA volume 1, table 57, "unsupported
+    /// or reserved opcode"; 11.6.2).
+    pub fn check_request(&self, opcode: Opcode, rights: Access) -> Result<(), Nak> {
+        let granted = !opcode.takes_responder_resources() || self.attr.max_dest_rd_atomic != 0;
+        if self.attr.access.contains(rights) && granted {
             Ok(())
         } else {
             Err(Nak::InvalidRequest)
@@ -238,14 +234,18 @@ impl Qp {
             Outcome::LocalProtection => WcStatus::LocProtErr,
             Outcome::LocalLength => WcStatus::LocLenErr,
             Outcome::LocalQpOperation => WcStatus::LocQpOpErr,
+            Outcome::BindRefused => WcStatus::MwBindErr,
         };
         self.forget_attempts();
         Next::Fail(status)
     }
 
-    /// Packets of a message: a message of no bytes takes one too.
+    /// Packets of a message: a message of no bytes takes one too, what is not sent none.
     fn packets(&self, opcode: Opcode, len: u64) -> u32 {
-        if opcode.is_atomic() {
+        if opcode.is_local() {
+            return 0;
+        }
+        if opcode.is_word() {
             return 1;
         }
         len.div_ceil(self.attr.path_mtu.bytes().into()).max(1) as u32
@@ -355,18 +355,20 @@ mod tests {
 
     #[test]
     fn access_flags_and_resources_are_checked() {
-        use freeflow_types::Access;
         let mut qp = qp(QpType::Rc, 10, 0, 0);
-        assert_eq!(qp.check_request(Opcode::Send), Ok(()));
-        assert_eq!(
-            qp.check_request(Opcode::RdmaWrite),
-            Err(Nak::InvalidRequest)
-        );
-        qp.attr.access = Access::all();
-        assert_eq!(qp.check_request(Opcode::RdmaWrite), Ok(()));
-        assert_eq!(qp.check_request(Opcode::RdmaRead), Err(Nak::InvalidRequest));
+        let check = |qp: &Qp, opcode: Opcode| qp.check_request(opcode, opcode.remote_rights());
+        assert_eq!(check(&qp, Opcode::Send), Ok(()));
+        assert_eq!(check(&qp, Opcode::RdmaWrite), Err(Nak::InvalidRequest));
+        qp.attr.access = Access::all() - Access::FLUSH_PERSISTENT;
+        assert_eq!(check(&qp, Opcode::RdmaWrite), Ok(()));
+        assert_eq!(check(&qp, Opcode::RdmaRead), Err(Nak::InvalidRequest));
+        assert_eq!(check(&qp, Opcode::AtomicWrite), Err(Nak::InvalidRequest));
         qp.attr.max_dest_rd_atomic = 1;
-        assert_eq!(qp.check_request(Opcode::RdmaRead), Ok(()));
+        assert_eq!(check(&qp, Opcode::RdmaRead), Ok(()));
+        assert_eq!(check(&qp, Opcode::AtomicWrite), Ok(()));
+        let flush = |types| qp.check_request(Opcode::Flush, types);
+        assert_eq!(flush(Access::FLUSH_GLOBAL), Ok(()));
+        assert_eq!(flush(Access::FLUSH_PERSISTENT), Err(Nak::InvalidRequest));
     }
 
     #[test]
@@ -380,6 +382,12 @@ mod tests {
         qp.sent(Opcode::FetchAdd, 8);
         qp.received(Opcode::RdmaRead, 4096);
         assert_eq!((qp.query().sq_psn, qp.query().rq_psn), (3, 4));
+        // What is not sent has no number.
+        qp.sent(Opcode::BindMw, 0);
+        qp.sent(Opcode::LocalInv, 0);
+        assert_eq!(qp.query().sq_psn, 3);
+        qp.sent(Opcode::Flush, 0);
+        assert_eq!(qp.query().sq_psn, 4);
     }
 
     #[test]

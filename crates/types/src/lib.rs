@@ -12,8 +12,8 @@ mod verbs;
 pub use attr::{AddressVector, QpAttr, QpAttrMask, QpCap};
 pub use ids::{Gid, Key, Psn, Qpn, TenantId, VirtualIp};
 pub use verbs::{
-    Access, AsyncEventType, DeviceLimits, Mtu, Opcode, QpState, QpType, SendFlags, WcFlags,
-    WcOpcode, WcStatus, rnr_timer_ns, timeout_ns,
+    Access, AsyncEventType, DeviceLimits, FlushSpec, Mtu, MwType, Opcode, QpState, QpType,
+    SendFlags, WcFlags, WcOpcode, WcStatus, rnr_timer_ns, timeout_ns,
 };
 
 /// Bytes of the Global Routing Header space in front of every datagram received

@@ -89,10 +89,25 @@ c_enum! {
         CompareSwap = 5,
         /// Fetch and add of 8 bytes.
         FetchAdd = 6,
+        /// Invalidates a memory window of type 2 of the poster's own.
+        LocalInv = 7,
+        /// Binds a memory window.
+        BindMw = 8,
+        /// SEND that invalidates a memory window of the receiver.
+        SendInv = 9,
+        /// RDMA FLUSH (IBTA annex A19).
+        Flush = 14,
+        /// ATOMIC WRITE of 8 bytes (IBTA annex A19).
+        AtomicWrite = 15,
     }
 }
 
 impl Opcode {
+    /// Whether the request is between the poster and its own device: nothing is sent.
+    pub const fn is_local(self) -> bool {
+        matches!(self, Opcode::LocalInv | Opcode::BindMw)
+    }
+
     /// Whether the request carries immediate data.
     pub const fn has_imm(self) -> bool {
         matches!(self, Opcode::RdmaWriteImm | Opcode::SendImm)
@@ -100,12 +115,15 @@ impl Opcode {
 
     /// Whether the request consumes a receive work request of the peer.
     pub const fn consumes_recv(self) -> bool {
-        matches!(self, Opcode::Send | Opcode::SendImm | Opcode::RdmaWriteImm)
+        matches!(
+            self,
+            Opcode::Send | Opcode::SendImm | Opcode::SendInv | Opcode::RdmaWriteImm
+        )
     }
 
     /// Whether the request names remote memory.
     pub const fn has_remote(self) -> bool {
-        !matches!(self, Opcode::Send | Opcode::SendImm)
+        !self.is_local() && !matches!(self, Opcode::Send | Opcode::SendImm | Opcode::SendInv)
     }
 
     /// Whether data flows from the peer into local memory.
@@ -116,18 +134,48 @@ impl Opcode {
         )
     }
 
-    /// Whether the request is an 8-byte atomic.
+    /// Whether the request is an 8-byte atomic that returns the old value.
     pub const fn is_atomic(self) -> bool {
         matches!(self, Opcode::CompareSwap | Opcode::FetchAdd)
     }
 
-    /// Whether a QP of this type may post the request (IBTA volume 1, table 61).
+    /// Whether the request names one aligned word of 8 bytes in the peer's memory.
+    pub const fn is_word(self) -> bool {
+        self.is_atomic() || matches!(self, Opcode::AtomicWrite)
+    }
+
+    /// Whether the responder answers the request with more than an acknowledgement, out of the
+    /// resources that `max_dest_rd_atomic` grants.
+    pub const fn takes_responder_resources(self) -> bool {
+        self.is_read_like() || matches!(self, Opcode::AtomicWrite)
+    }
+
+    /// Whether a QP of this type may post the request (IBTA volume 1, table 61; annex A19;
+    /// `ibv_post_send(3)`).
     pub const fn allowed_on(self, qp: QpType) -> bool {
         match qp {
             QpType::Rc | QpType::XrcSend => true,
-            QpType::Uc => !self.is_read_like(),
+            QpType::Uc => {
+                !self.is_read_like() && !matches!(self, Opcode::Flush | Opcode::AtomicWrite)
+            }
             QpType::Ud => matches!(self, Opcode::Send | Opcode::SendImm),
             QpType::XrcRecv => false,
+        }
+    }
+
+    /// What the peer's memory, and its queue pair, must allow. Of a flush it depends on what is
+    /// asked for: see [`FlushSpec::types`].
+    pub const fn remote_rights(self) -> Access {
+        match self {
+            Opcode::RdmaWrite | Opcode::RdmaWriteImm | Opcode::AtomicWrite => Access::REMOTE_WRITE,
+            Opcode::RdmaRead => Access::REMOTE_READ,
+            Opcode::CompareSwap | Opcode::FetchAdd => Access::REMOTE_ATOMIC,
+            Opcode::Send
+            | Opcode::SendImm
+            | Opcode::SendInv
+            | Opcode::LocalInv
+            | Opcode::BindMw
+            | Opcode::Flush => Access::empty(),
         }
     }
 
@@ -135,10 +183,14 @@ impl Opcode {
     pub const fn wc(self) -> WcOpcode {
         match self {
             Opcode::RdmaWrite | Opcode::RdmaWriteImm => WcOpcode::RdmaWrite,
-            Opcode::Send | Opcode::SendImm => WcOpcode::Send,
+            Opcode::Send | Opcode::SendImm | Opcode::SendInv => WcOpcode::Send,
             Opcode::RdmaRead => WcOpcode::RdmaRead,
             Opcode::CompareSwap => WcOpcode::CompareSwap,
             Opcode::FetchAdd => WcOpcode::FetchAdd,
+            Opcode::LocalInv => WcOpcode::LocalInv,
+            Opcode::BindMw => WcOpcode::BindMw,
+            Opcode::Flush => WcOpcode::Flush,
+            Opcode::AtomicWrite => WcOpcode::AtomicWrite,
         }
     }
 }
@@ -160,6 +212,10 @@ c_enum! {
         BindMw = 5,
         /// A local invalidate completed.
         LocalInv = 6,
+        /// A flush completed.
+        Flush = 8,
+        /// An atomic write completed.
+        AtomicWrite = 9,
         /// A receive completed.
         Recv = 128,
         /// A receive was consumed by an RDMA write with immediate data.
@@ -292,12 +348,70 @@ bitflags! {
         const ON_DEMAND = 1 << 6;
         /// Huge pages.
         const HUGETLB = 1 << 7;
+        /// Peers may ask for global visibility of what they wrote.
+        const FLUSH_GLOBAL = 1 << 8;
+        /// Peers may ask for persistence of what they wrote.
+        const FLUSH_PERSISTENT = 1 << 9;
     }
 }
 
 impl Access {
     /// `IBV_ACCESS_OPTIONAL_RANGE`: flags a device may ignore.
     pub const OPTIONAL_RANGE: u32 = 0x3FF0_0000;
+
+    /// Rights of peers that change memory: they need [`Access::LOCAL_WRITE`] too (IBTA volume 1,
+    /// 11.2.8.2).
+    pub const REMOTE_CHANGE: Access = Access::REMOTE_WRITE.union(Access::REMOTE_ATOMIC);
+
+    /// What a memory window may be bound with (`ibv_bind_mw(3)`).
+    pub const WINDOW: Access = Access::REMOTE_CHANGE
+        .union(Access::LOCAL_WRITE)
+        .union(Access::REMOTE_READ)
+        .union(Access::ZERO_BASED)
+        .union(Access::FLUSH_GLOBAL);
+}
+
+c_enum! {
+    /// Kind of a memory window (`enum ibv_mw_type`).
+    MwType {
+        /// Bound by `ibv_bind_mw(3)`; all queue pairs of the domain accept its key.
+        One = 1,
+        /// Type 2B: bound by a work request to the queue pair that executes it.
+        Two = 2,
+    }
+}
+
+/// What an RDMA FLUSH asks for (IBTA annex A19): placement types and selectivity level, in one
+/// word.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FlushSpec {
+    /// Placement types: [`Access::FLUSH_GLOBAL`], [`Access::FLUSH_PERSISTENT`] or both.
+    pub types: Access,
+    /// The whole memory region, not a range of it.
+    pub whole_region: bool,
+}
+
+impl FlushSpec {
+    /// From `enum ibv_placement_type` and `enum ibv_selectivity_level`; `None`: no such types or
+    /// level.
+    pub fn new(types: u32, level: u32) -> Option<Self> {
+        let known = types != 0 && types & !3 == 0 && level <= 1;
+        known.then_some(FlushSpec {
+            types: Access::from_bits_truncate(types << 8),
+            whole_region: level == 1,
+        })
+    }
+
+    /// As one word of a work request.
+    pub fn raw(self) -> u64 {
+        u64::from(self.types.bits() >> 8) | u64::from(self.whole_region) << 8
+    }
+
+    /// From one word of a work request; `None` if it is none.
+    pub fn from_raw(word: u64) -> Option<Self> {
+        let level = u32::try_from(word >> 8).ok()?;
+        Self::new((word & 0xFF) as u32, level)
+    }
 }
 
 bitflags! {
@@ -347,6 +461,10 @@ pub struct DeviceLimits {
     pub max_cqe: u32,
     /// Memory regions of a session.
     pub max_mr: u32,
+    /// Memory windows of a session.
+    pub max_mw: u32,
+    /// Bytes of device memory of a session.
+    pub max_dm_size: u64,
     /// Protection domains of a session.
     pub max_pd: u32,
     /// Outstanding reads and atomics of a QP, each way.
@@ -378,6 +496,8 @@ impl Default for DeviceLimits {
             max_cq: 65_536,
             max_cqe: 1 << 20,
             max_mr: 1 << 20,
+            max_mw: 1 << 20,
+            max_dm_size: 16 << 20,
             max_pd: 65_536,
             max_rd_atomic: 16,
             max_ah: 65_536,
@@ -425,10 +545,33 @@ mod tests {
     }
 
     #[test]
+    fn flushes_round_trip() {
+        for (types, level) in [(1, 0), (2, 1), (3, 0)] {
+            let spec = FlushSpec::new(types, level).unwrap();
+            assert_eq!(FlushSpec::from_raw(spec.raw()), Some(spec));
+        }
+        assert_eq!(FlushSpec::new(1, 0).unwrap().types, Access::FLUSH_GLOBAL);
+        assert_eq!(
+            FlushSpec::new(2, 0).unwrap().types,
+            Access::FLUSH_PERSISTENT
+        );
+        for bad in [(0, 0), (4, 0), (1, 2)] {
+            assert_eq!(FlushSpec::new(bad.0, bad.1), None);
+        }
+        assert_eq!(FlushSpec::from_raw(u64::MAX), None);
+    }
+
+    #[test]
     fn opcodes_per_service() {
         assert!(Opcode::RdmaRead.allowed_on(QpType::Rc));
         assert!(!Opcode::RdmaRead.allowed_on(QpType::Uc));
         assert!(!Opcode::RdmaWrite.allowed_on(QpType::Ud));
+        for local in [Opcode::BindMw, Opcode::LocalInv, Opcode::SendInv] {
+            assert!(local.allowed_on(QpType::Uc) && !local.allowed_on(QpType::Ud));
+        }
+        for newer in [Opcode::Flush, Opcode::AtomicWrite] {
+            assert!(newer.allowed_on(QpType::XrcSend) && !newer.allowed_on(QpType::Uc));
+        }
         assert_eq!(Mtu::B4096.bytes(), 4096);
         assert_eq!(Mtu::from_raw(9), None);
     }

@@ -6,8 +6,8 @@ use std::fmt::Write;
 use std::process::Command;
 
 use freeflow_types::{
-    Access, AsyncEventType, Mtu, Opcode, QpAttrMask, QpState, QpType, SendFlags, WcFlags, WcOpcode,
-    WcStatus,
+    Access, AsyncEventType, Mtu, MwType, Opcode, QpAttrMask, QpState, QpType, SendFlags, WcFlags,
+    WcOpcode, WcStatus,
 };
 
 use crate::support::{compile, compiles, headers, printed, scratch};
@@ -239,6 +239,7 @@ fn numbers() -> Vec<(String, i128)> {
         all(Opcode::from_raw, opcode),
         all(WcOpcode::from_raw, wc_opcode),
         all(WcStatus::from_raw, wc_status),
+        all(MwType::from_raw, mw_type),
         all(Mtu::from_raw, mtu),
         all(AsyncEventType::from_raw, event),
         flags::<Access>("IBV_ACCESS_"),
@@ -283,6 +284,11 @@ fn opcode(value: Opcode) -> &'static str {
         Opcode::RdmaRead => "IBV_WR_RDMA_READ",
         Opcode::CompareSwap => "IBV_WR_ATOMIC_CMP_AND_SWP",
         Opcode::FetchAdd => "IBV_WR_ATOMIC_FETCH_AND_ADD",
+        Opcode::LocalInv => "IBV_WR_LOCAL_INV",
+        Opcode::BindMw => "IBV_WR_BIND_MW",
+        Opcode::SendInv => "IBV_WR_SEND_WITH_INV",
+        Opcode::Flush => "IBV_WR_FLUSH",
+        Opcode::AtomicWrite => "IBV_WR_ATOMIC_WRITE",
     }
 }
 
@@ -295,6 +301,8 @@ fn wc_opcode(value: WcOpcode) -> &'static str {
         WcOpcode::FetchAdd => "IBV_WC_FETCH_ADD",
         WcOpcode::BindMw => "IBV_WC_BIND_MW",
         WcOpcode::LocalInv => "IBV_WC_LOCAL_INV",
+        WcOpcode::Flush => "IBV_WC_FLUSH",
+        WcOpcode::AtomicWrite => "IBV_WC_ATOMIC_WRITE",
         WcOpcode::Recv => "IBV_WC_RECV",
         WcOpcode::RecvRdmaWithImm => "IBV_WC_RECV_RDMA_WITH_IMM",
     }
@@ -317,6 +325,13 @@ fn wc_status(value: WcStatus) -> &'static str {
         WcStatus::RetryExcErr => "IBV_WC_RETRY_EXC_ERR",
         WcStatus::RnrRetryExcErr => "IBV_WC_RNR_RETRY_EXC_ERR",
         WcStatus::GeneralErr => "IBV_WC_GENERAL_ERR",
+    }
+}
+
+fn mw_type(value: MwType) -> &'static str {
+    match value {
+        MwType::One => "IBV_MW_TYPE_1",
+        MwType::Two => "IBV_MW_TYPE_2",
     }
 }
 

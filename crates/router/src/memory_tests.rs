@@ -1,0 +1,490 @@
+//! Memory verbs against an engine without threads: quotas, ownership, cleaning up, and rings
+//! with any content.
+
+use std::sync::Arc;
+
+use freeflow_session::{
+    AllocMw, CreateCq, CreateQp, Handle, PieceDesc, PieceKind, RegDmMr, RegMr, Reply, Request,
+    ReregMr, Translation,
+};
+use freeflow_shm::{Bind, SendEntry, Sge, event_pair};
+use freeflow_types::{
+    Access, AddressVector, DeviceLimits, Gid, Key, MwType, Opcode, QpAttr, QpAttrMask as Mask,
+    QpCap, QpState, QpType, Qpn,
+};
+use proptest::prelude::*;
+use rustix::io::Errno;
+
+use crate::EndpointSpec;
+use crate::engine::Engine;
+use crate::foreign::Opener;
+use crate::objects::Peer;
+use crate::watch::Progress;
+
+const PAGE: u64 = 4096;
+
+struct Host {
+    engine: Engine,
+    session: Handle,
+    context: Handle,
+    pd: Handle,
+    segment: u32,
+    offset: u64,
+    now: u64,
+}
+
+impl Host {
+    fn new(limits: DeviceLimits) -> Host {
+        let mut engine = Engine::new(limits, 0, Opener::Direct);
+        let ip = freeflow_types::VirtualIp("10.0.0.1".parse().unwrap());
+        let spec = EndpointSpec {
+            name: "e".to_owned(),
+            tenant: "t".to_owned(),
+            ip,
+            socket: "/nowhere".into(),
+        };
+        engine.add_endpoint(&spec).unwrap();
+        let nobody = Handle(0);
+        let mut host = Host {
+            engine,
+            session: nobody,
+            context: nobody,
+            pd: nobody,
+            segment: 0,
+            offset: 0,
+            now: 0,
+        };
+        host.session = host.another_session();
+        host.context = host.make(Request::OpenContext);
+        let context = host.context;
+        host.pd = host.make(Request::AllocPd { context });
+        match host.ask(Request::AllocPages { len: PAGE }) {
+            Ok(Reply::Pages {
+                segment, offset, ..
+            }) => (host.segment, host.offset) = (segment, offset),
+            other => panic!("{other:?}"),
+        }
+        host
+    }
+
+    fn another_session(&mut self) -> Handle {
+        let (endpoint, _) = self.engine.endpoints.iter().next().unwrap();
+        let peer = Peer {
+            pid: std::process::id(),
+            uid: 0,
+        };
+        let (socket, _) = event_pair().unwrap();
+        let session = self.engine.begin_session(endpoint, peer, Arc::new(socket));
+        session.unwrap()
+    }
+
+    fn ask(&mut self, request: Request) -> Result<Reply, Errno> {
+        let session = self.session;
+        let reply = self.engine.handle(session, request).reply;
+        reply.map_err(|e| Errno::from_raw_os_error(e.0))
+    }
+
+    fn make(&mut self, request: Request) -> Handle {
+        match self.ask(request).unwrap() {
+            Reply::Created(handle) => handle,
+            Reply::Mr(made) => made.mr,
+            Reply::Mw(made) => made.mw,
+            Reply::Dm(made) => made.dm,
+            Reply::Cq(made) => made.cq,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn translation(&self) -> Translation {
+        let (segment, offset) = (self.segment, self.offset);
+        let kind = PieceKind::Pool { segment, offset };
+        Translation {
+            iova: 0x1000,
+            len: PAGE,
+            pieces: vec![PieceDesc { len: PAGE, kind }],
+        }
+    }
+
+    fn reg(&mut self, access: Access) -> Request {
+        Request::RegMr(RegMr {
+            pd: self.pd,
+            translation: self.translation(),
+            access,
+        })
+    }
+
+    fn mw(&self, kind: MwType) -> Request {
+        Request::AllocMw(AllocMw { pd: self.pd, kind })
+    }
+
+    fn dm(&self, len: u64) -> Request {
+        let context = self.context;
+        Request::AllocDm { context, len }
+    }
+
+    fn dm_mr(&self, dm: Handle) -> Request {
+        Request::RegDmMr(RegDmMr {
+            pd: self.pd,
+            dm,
+            offset: 0,
+            len: 8,
+            access: Access::ZERO_BASED,
+        })
+    }
+
+    /// A queue pair connected to itself.
+    fn qp(&mut self) -> Handle {
+        let cq = self.make(Request::CreateCq(CreateCq {
+            context: self.context,
+            cqe: 4096,
+            channel: None,
+            comp_vector: 0,
+        }));
+        let cap = QpCap {
+            max_send_wr: 64,
+            max_recv_wr: 64,
+            max_send_sge: 2,
+            max_recv_sge: 2,
+            max_inline: 0,
+        };
+        let made = self.ask(Request::CreateQp(CreateQp {
+            pd: self.pd,
+            qp_type: QpType::Rc,
+            send_cq: cq,
+            recv_cq: Some(cq),
+            srq: None,
+            cap,
+            sq_sig_all: true,
+        }));
+        let Ok(Reply::Qp(made)) = made else {
+            panic!("{made:?}")
+        };
+        self.connect(made.qp, made.qpn);
+        made.qp
+    }
+
+    fn connect(&mut self, qp: Handle, peer: Qpn) {
+        let gid = Gid::from(freeflow_types::VirtualIp("10.0.0.1".parse().unwrap()));
+        let attr = QpAttr {
+            access: Access::all(),
+            port_num: 1,
+            dest_qpn: peer.get(),
+            max_dest_rd_atomic: 1,
+            max_rd_atomic: 1,
+            av: AddressVector {
+                dgid: gid,
+                is_global: true,
+                port_num: 1,
+                ..AddressVector::default()
+            },
+            ..QpAttr::default()
+        };
+        let steps = [
+            (QpState::Reset, Mask::empty()),
+            (
+                QpState::Init,
+                Mask::PKEY_INDEX | Mask::PORT | Mask::ACCESS_FLAGS,
+            ),
+            (
+                QpState::Rtr,
+                Mask::AV
+                    | Mask::PATH_MTU
+                    | Mask::DEST_QPN
+                    | Mask::RQ_PSN
+                    | Mask::MAX_DEST_RD_ATOMIC
+                    | Mask::MIN_RNR_TIMER,
+            ),
+            (
+                QpState::Rts,
+                Mask::TIMEOUT
+                    | Mask::RETRY_CNT
+                    | Mask::RNR_RETRY
+                    | Mask::SQ_PSN
+                    | Mask::MAX_QP_RD_ATOMIC,
+            ),
+        ];
+        for (state, mask) in steps {
+            let attr = QpAttr { state, ..attr };
+            let mask = mask | Mask::STATE;
+            self.ask(Request::ModifyQp { qp, attr, mask }).unwrap();
+        }
+    }
+
+    /// Executes one request of a queue pair.
+    fn post(&mut self, qp: Handle, entry: &SendEntry, sges: &[Sge]) {
+        let rings = self.engine.qps.get(qp).unwrap().rings().unwrap();
+        let at = rings.send_produced();
+        entry.store(QpType::Rc, rings.send_slot(at));
+        SendEntry::store_sges(rings.send_slot(at), sges);
+        rings.publish_send(at + 1);
+        self.engine.make_ready(qp);
+        for _ in 0..8 {
+            self.now += 1_000_000_000;
+            self.engine.poll(self.now, &Progress::default());
+        }
+    }
+
+    /// Windows that regions say are bound to them.
+    fn bound(&self) -> u32 {
+        self.engine.mrs.iter().map(|(_, mr)| mr.windows).sum()
+    }
+}
+
+fn small() -> DeviceLimits {
+    DeviceLimits {
+        max_mr: 2,
+        max_mw: 2,
+        max_dm_size: 2 * PAGE,
+        ..DeviceLimits::default()
+    }
+}
+
+#[test]
+fn quotas_are_exact_and_come_back() {
+    let mut host = Host::new(small());
+    for _ in 0..3 {
+        let window = host.mw(MwType::One);
+        let mws = [window.clone(), window.clone()].map(|w| host.make(w));
+        assert_eq!(host.ask(window), Err(Errno::NOMEM));
+        for mw in mws {
+            host.ask(Request::DeallocMw { mw }).unwrap();
+        }
+        let pd = host.pd;
+        let mrs = [host.reg(Access::empty()), Request::AllocNullMr { pd }].map(|r| host.make(r));
+        assert_eq!(host.ask(host.dm_mr(Handle(0))), Err(Errno::INVAL));
+        assert_eq!(host.ask(Request::AllocNullMr { pd }), Err(Errno::NOMEM));
+        for mr in mrs {
+            host.ask(Request::DeregMr { mr }).unwrap();
+        }
+        let dms = [host.dm(PAGE), host.dm(1)].map(|d| host.make(d));
+        assert_eq!(host.ask(host.dm(1)), Err(Errno::NOMEM));
+        let used = host
+            .engine
+            .sessions
+            .get(host.session)
+            .unwrap()
+            .segments
+            .used();
+        assert_eq!(used, 3 * PAGE);
+        for dm in dms {
+            host.ask(Request::FreeDm { dm }).unwrap();
+        }
+    }
+    let counts = host.engine.sessions.get(host.session).unwrap().counts;
+    let left = (counts.mrs, counts.mws, counts.device, counts.registered);
+    assert_eq!(left, (0, 0, 0, 0));
+}
+
+#[test]
+fn objects_of_others_are_not_to_be_had() {
+    let mut host = Host::new(DeviceLimits::default());
+    let mr = host.reg(Access::LOCAL_WRITE);
+    let mr = host.make(mr);
+    let (mw, dm) = (host.mw(MwType::Two), host.dm(8));
+    let (mw, dm) = (host.make(mw), host.make(dm));
+    let (theirs_pd, theirs_dm) = (host.pd, host.dm_mr(dm));
+    host.session = host.another_session();
+    let rereg = Request::ReregMr(ReregMr {
+        mr,
+        pd: None,
+        translation: None,
+        access: Some(Access::empty()),
+    });
+    for request in [
+        rereg,
+        Request::DeregMr { mr },
+        Request::DeallocMw { mw },
+        Request::FreeDm { dm },
+        Request::AllocNullMr { pd: theirs_pd },
+        host.mw(MwType::One),
+        host.dm(8),
+        theirs_dm,
+    ] {
+        assert_eq!(host.ask(request.clone()), Err(Errno::INVAL), "{request:?}");
+    }
+    // Device memory of theirs in a domain of ours.
+    host.context = host.make(Request::OpenContext);
+    let context = host.context;
+    host.pd = host.make(Request::AllocPd { context });
+    assert_eq!(host.ask(host.dm_mr(dm)), Err(Errno::INVAL));
+}
+
+#[test]
+fn a_refused_change_changes_nothing() {
+    let mut host = Host::new(DeviceLimits::default());
+    let mr = host.reg(Access::LOCAL_WRITE);
+    let mr = host.make(mr);
+    let before = format!("{:?}", host.engine.mrs.get(mr).unwrap());
+    let other = host.make(Request::OpenContext);
+    let foreign_pd = host.make(Request::AllocPd { context: other });
+    let mut beyond = host.translation();
+    beyond.pieces[0].kind = PieceKind::Pool {
+        segment: 0,
+        offset: 1 << 40,
+    };
+    let mut foreign = host.translation();
+    foreign.pieces[0].kind = PieceKind::Foreign { addr: 0 };
+    let good = Some(host.translation());
+    let persistent = Access::FLUSH_PERSISTENT;
+    for (pd, translation, access, errno) in [
+        (Some(foreign_pd), good.clone(), None, Errno::INVAL),
+        (Some(Handle(0)), good.clone(), None, Errno::INVAL),
+        (None, Some(beyond), Some(Access::empty()), Errno::INVAL),
+        (None, Some(foreign), None, Errno::PERM),
+        (None, good.clone(), Some(Access::REMOTE_WRITE), Errno::INVAL),
+        (None, good, Some(persistent), Errno::OPNOTSUPP),
+        (
+            None,
+            None,
+            Some(Access::from_bits_retain(1 << 30)),
+            Errno::INVAL,
+        ),
+    ] {
+        let request = Request::ReregMr(ReregMr {
+            mr,
+            pd,
+            translation,
+            access,
+        });
+        assert_eq!(host.ask(request.clone()), Err(errno), "{request:?}");
+        assert_eq!(format!("{:?}", host.engine.mrs.get(mr).unwrap()), before);
+    }
+    let pd = host.pd;
+    assert_eq!(host.engine.pds.get(pd).unwrap().users, 1);
+}
+
+#[test]
+fn a_context_goes_with_all_that_is_bound() {
+    let mut host = Host::new(DeviceLimits::default());
+    let qp = host.qp();
+    let access = Access::LOCAL_WRITE | Access::MW_BIND;
+    let reg = host.reg(access);
+    let Ok(Reply::Mr(made)) = host.ask(reg) else {
+        panic!()
+    };
+    for kind in [MwType::One, MwType::Two] {
+        let mw = host.mw(kind);
+        let mw = host.make(mw);
+        let bind = Bind {
+            window: mw.0,
+            rkey: 5,
+            lkey: made.key.0,
+            addr: 0x1000,
+            len: 8,
+            access: Access::REMOTE_WRITE.bits(),
+        };
+        let entry = SendEntry {
+            opcode: Opcode::BindMw.raw() as u8,
+            ..SendEntry::from_bind(&bind)
+        };
+        host.post(qp, &entry, &[]);
+    }
+    assert_eq!(host.bound(), 2);
+    let dm = host.dm(8);
+    let dm = host.make(dm);
+    let dm_mr = host.dm_mr(dm);
+    host.make(dm_mr);
+    let context = host.context;
+    host.ask(Request::CloseContext { context }).unwrap();
+    let engine = &host.engine;
+    assert!(engine.windows.iter().next().is_none());
+    assert!(engine.mrs.iter().next().is_none());
+    assert!(engine.dms.iter().next().is_none());
+    let session = engine.sessions.get(host.session).unwrap();
+    assert_eq!(session.segments.used(), PAGE);
+    assert_eq!((session.counts.mws, session.counts.device), (0, 0));
+}
+
+/// A descriptor of which any part may be valid.
+#[derive(Clone, Debug)]
+struct Wild {
+    opcode: u8,
+    flags: u8,
+    sges: u16,
+    key: usize,
+    lkey: usize,
+    tag: u8,
+    window: usize,
+    access: u32,
+    addr: u64,
+    len: u64,
+}
+
+fn wild() -> impl Strategy<Value = Wild> {
+    let number = || {
+        prop_oneof![
+            Just(0u64),
+            Just(8),
+            Just(0x1000),
+            Just(0x1FF8),
+            any::<u64>()
+        ]
+    };
+    let access = prop_oneof![Just(2u32), Just(4), Just(0x22), Just(0x6), any::<u32>()];
+    let opcodes = prop_oneof![Just(7u8), Just(8), Just(9), Just(14), Just(15), 0u8..=16];
+    let parts = (opcodes, any::<u8>(), 0u16..3, 0usize..8, 0usize..4);
+    (parts, any::<u8>(), 0usize..4, access, number(), number()).prop_map(
+        |((opcode, flags, sges, key, lkey), tag, window, access, addr, len)| Wild {
+            opcode,
+            flags,
+            sges,
+            key,
+            lkey,
+            tag,
+            window,
+            access,
+            addr,
+            len,
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn any_ring_content_leaves_counts_true(entries in proptest::collection::vec(wild(), 1..60)) {
+        let mut host = Host::new(DeviceLimits::default());
+        let qp = host.qp();
+        let rights = Access::all() - Access::FLUSH_PERSISTENT - Access::ZERO_BASED;
+        let mut keys = vec![Key(0)];
+        for access in [rights, rights - Access::MW_BIND] {
+            let reg = host.reg(access);
+            let Ok(Reply::Mr(made)) = host.ask(reg) else { panic!() };
+            keys.push(made.key);
+        }
+        let mut windows = vec![0];
+        for kind in [MwType::One, MwType::Two, MwType::Two] {
+            let Ok(Reply::Mw(made)) = host.ask(host.mw(kind)) else { panic!() };
+            windows.push(made.mw.0);
+            keys.push(made.key);
+        }
+        for wild in entries {
+            let key = |at: usize| keys.get(at).map_or(u32::MAX, |k| k.0 & !0xFF | u32::from(wild.tag));
+            let exact = |at: usize| keys.get(at).map_or(u32::MAX, |k| k.0);
+            let word = u64::from(wild.access) << 32
+                | u64::from(windows.get(wild.window).copied().unwrap_or(u32::MAX));
+            let entry = SendEntry {
+                opcode: wild.opcode,
+                flags: wild.flags,
+                num_sge: wild.sges,
+                inline_len: wild.len as u32,
+                imm: if wild.opcode == 8 { exact(wild.lkey) } else { key(wild.key) },
+                rkey: key(wild.key),
+                remote_addr: wild.addr,
+                compare_add: wild.len,
+                swap: if wild.opcode == 14 { u64::from(wild.access) } else { word },
+                ..SendEntry::default()
+            };
+            let sge = Sge { addr: 0x1000, length: 8, lkey: exact(wild.lkey) };
+            host.post(qp, &entry, &[sge, sge]);
+            prop_assert_eq!(host.bound(), host.engine.bound_windows());
+            let qpn = host.engine.qps.get(qp).unwrap().qpn;
+            host.connect(qp, qpn);
+        }
+        prop_assert!(host.engine.ending.is_empty());
+        let context = host.context;
+        host.ask(Request::CloseContext { context }).unwrap();
+        prop_assert_eq!(host.bound(), 0);
+    }
+}

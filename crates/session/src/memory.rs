@@ -1,0 +1,253 @@
+//! Messages about memory: regions, windows, device memory.
+
+use freeflow_types::{Access, Key, MwType};
+use serde::{Deserialize, Serialize};
+
+use crate::Handle;
+use crate::message::{Invalid, at_most};
+
+/// Most pieces of one memory region; a region in more pieces is refused with ENOMEM.
+pub const MAX_PIECES: usize = 2048;
+
+/// Most ranges of one [`AdviseMr`].
+pub const MAX_ADVISED: usize = 1024;
+
+/// What backs a piece of a memory region.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum PieceKind {
+    /// Pages of a pool segment.
+    Pool {
+        /// The segment.
+        segment: u32,
+        /// Offset in it, in bytes.
+        offset: u64,
+    },
+    /// The application's own memory, which the router reaches across processes.
+    Foreign {
+        /// Address in the application.
+        addr: u64,
+    },
+}
+
+/// A piece of a memory region; pieces follow each other without gaps.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PieceDesc {
+    /// Bytes.
+    pub len: u64,
+    /// What backs them.
+    pub kind: PieceKind,
+}
+
+/// Where a memory region is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Translation {
+    /// Address that work requests use for the first byte.
+    pub iova: u64,
+    /// Bytes; the sum of the pieces.
+    pub len: u64,
+    /// What backs the region, at most [`MAX_PIECES`].
+    pub pieces: Vec<PieceDesc>,
+}
+
+impl Translation {
+    pub(crate) fn validate(&self, max_mr_size: u64) -> Result<(), Invalid> {
+        at_most("length", self.len, max_mr_size)?;
+        at_most("pieces", self.pieces.len() as u64, MAX_PIECES as u64)?;
+        let mut sum = 0u64;
+        for piece in &self.pieces {
+            sum = sum.saturating_add(piece.len);
+            let start = match piece.kind {
+                PieceKind::Pool { offset, .. } => offset,
+                PieceKind::Foreign { addr } => addr,
+            };
+            at_most("piece", piece.len, u64::MAX - start)?;
+        }
+        at_most("sum of pieces", sum, self.len)?;
+        at_most("length", self.len, sum)?;
+        at_most("iova", self.iova, u64::MAX - self.len)
+    }
+}
+
+/// Registers a memory region.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RegMr {
+    /// Protection domain.
+    pub pd: Handle,
+    /// Where it is.
+    pub translation: Translation,
+    /// Rights.
+    pub access: Access,
+}
+
+/// Changes a memory region that no window is bound to (`ibv_rereg_mr(3)`): all of it or, on an
+/// error, nothing. Its key stays.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ReregMr {
+    /// The region.
+    pub mr: Handle,
+    /// Another protection domain of the same context.
+    pub pd: Option<Handle>,
+    /// Another place.
+    pub translation: Option<Translation>,
+    /// Other rights.
+    pub access: Option<Access>,
+}
+
+/// Asks whether ranges of memory regions may be fetched ahead (`ibv_advise_mr(3)`).
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct AdviseMr {
+    /// Protection domain of all regions.
+    pub pd: Handle,
+    /// To be written.
+    pub write: bool,
+    /// At most [`MAX_ADVISED`].
+    pub ranges: Vec<AdvisedRange>,
+}
+
+/// A part of a memory region.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct AdvisedRange {
+    /// First address, as work requests name it.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Local key.
+    pub key: Key,
+}
+
+/// Allocates a memory window.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct AllocMw {
+    /// Protection domain.
+    pub pd: Handle,
+    /// Kind.
+    pub kind: MwType,
+}
+
+/// Registers a part of device memory; its first byte has address 0.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RegDmMr {
+    /// Protection domain.
+    pub pd: Handle,
+    /// The device memory.
+    pub dm: Handle,
+    /// Offset of the first byte in it.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Rights.
+    pub access: Access,
+}
+
+/// Answer to requests that make a memory region.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MrRegistered {
+    /// The region.
+    pub mr: Handle,
+    /// Its key; local and remote are the same.
+    pub key: Key,
+}
+
+/// Answer to [`AllocMw`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MwAllocated {
+    /// The window.
+    pub mw: Handle,
+    /// Its key; what it names changes when the window is bound.
+    pub key: Key,
+}
+
+/// Answer to a request for device memory: pages of a pool segment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DmAllocated {
+    /// The device memory.
+    pub dm: Handle,
+    /// Its segment.
+    pub segment: u32,
+    /// Offset in the segment.
+    pub offset: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Request;
+    use freeflow_types::DeviceLimits;
+
+    fn reg(len: u64, pieces: Vec<PieceDesc>) -> Result<(), Invalid> {
+        let translation = Translation {
+            iova: 0x1000,
+            len,
+            pieces,
+        };
+        let reg = Request::RegMr(RegMr {
+            pd: Handle(0),
+            translation: translation.clone(),
+            access: Access::LOCAL_WRITE,
+        });
+        let rereg = Request::ReregMr(ReregMr {
+            mr: Handle(0),
+            pd: None,
+            translation: Some(translation),
+            access: None,
+        });
+        let limits = DeviceLimits::default();
+        let result = reg.validate(&limits);
+        assert_eq!(result, rereg.validate(&limits));
+        result
+    }
+
+    fn foreign(addr: u64, len: u64) -> PieceDesc {
+        PieceDesc {
+            len,
+            kind: PieceKind::Foreign { addr },
+        }
+    }
+
+    #[test]
+    fn pieces_must_cover_the_region_exactly() {
+        assert!(reg(10, vec![foreign(0, 4), foreign(8, 6)]).is_ok());
+        assert!(reg(11, vec![foreign(0, 4), foreign(8, 6)]).is_err());
+        assert!(reg(9, vec![foreign(0, 4), foreign(8, 6)]).is_err());
+        assert!(reg(4, vec![foreign(u64::MAX - 1, 4)]).is_err());
+        assert!(reg(4, vec![foreign(0, u64::MAX), foreign(0, 5)]).is_err());
+    }
+
+    #[test]
+    fn device_memory_and_advice_are_bounded() {
+        let limits = DeviceLimits::default();
+        let dm = |len| Request::AllocDm {
+            context: Handle(0),
+            len,
+        };
+        assert!(dm(1).validate(&limits).is_ok());
+        assert!(dm(0).validate(&limits).is_err());
+        assert!(dm(limits.max_dm_size + 1).validate(&limits).is_err());
+        let part = |offset, len| {
+            Request::RegDmMr(RegDmMr {
+                pd: Handle(0),
+                dm: Handle(0),
+                offset,
+                len,
+                access: Access::ZERO_BASED,
+            })
+        };
+        assert!(part(4, 4).validate(&limits).is_ok());
+        assert!(part(0, 0).validate(&limits).is_err());
+        assert!(part(u64::MAX, 2).validate(&limits).is_err());
+        let advise = |n| {
+            let range = AdvisedRange {
+                addr: 0,
+                len: 1,
+                key: Key(1),
+            };
+            Request::AdviseMr(AdviseMr {
+                pd: Handle(0),
+                write: false,
+                ranges: vec![range; n],
+            })
+        };
+        assert!(advise(MAX_ADVISED).validate(&limits).is_ok());
+        assert!(advise(MAX_ADVISED + 1).validate(&limits).is_err());
+    }
+}
