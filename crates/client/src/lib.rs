@@ -10,6 +10,7 @@
 //! flush errors, event streams end in a device-fatal event, destroying succeeds.
 
 mod acks;
+mod buf;
 mod channel;
 mod context;
 mod cq;
@@ -22,6 +23,7 @@ mod session;
 mod srq;
 mod xrc;
 
+pub use buf::Buf;
 pub use channel::CompChannel;
 pub use context::{AsyncEvent, Context, Element, Pd, device};
 pub use cq::{Completion, Cq};

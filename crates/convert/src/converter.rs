@@ -30,12 +30,12 @@ pub struct Stats {
 #[derive(Debug)]
 pub(crate) struct Segment {
     /// The source's number of it.
-    number: u32,
+    pub(crate) number: u32,
     pub(crate) fd: OwnedFd,
     device: (u32, u32),
     inode: u64,
     /// Its router serves it.
-    alive: bool,
+    pub(crate) alive: bool,
 }
 
 #[derive(Debug)]
@@ -52,10 +52,10 @@ pub struct Converter {
     /// By address: what we mapped there.
     pub(crate) mapped: Intervals<Place>,
     /// By segment and offset: who uses it. Everything that was allocated is there.
-    users: Vec<Intervals<Users>>,
+    pub(crate) users: Vec<Intervals<Users>>,
     maps: Option<Maps>,
     uffd: Uffds,
-    idle: u64,
+    pub(crate) idle: u64,
     idle_at_last_collect: u64,
     live: u64,
     stats: Stats,
@@ -307,7 +307,7 @@ impl Converter {
     }
 
     /// Our own index of a segment.
-    fn segment(&mut self, source: &dyn PageSource, number: u32) -> Result<usize, Errno> {
+    pub(crate) fn segment(&mut self, source: &dyn PageSource, number: u32) -> Result<usize, Errno> {
         let known = self
             .segments
             .iter()

@@ -21,6 +21,7 @@
 //!   ([`lock`] installs the handlers), those of `vfork` and `posix_spawn` replace themselves.
 //! * `MADV_DONTFORK` and `MADV_DONTDUMP` given before registration are lost with the old pages.
 
+mod buffer;
 mod converter;
 mod fork;
 mod maps;
@@ -32,6 +33,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 
+pub use buffer::Buffer;
 pub use converter::{Converter, Stats};
 pub use uffd::{UffdMode, probe as probe_userfaultfd};
 
