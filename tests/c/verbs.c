@@ -156,9 +156,7 @@ static void regions(void)
 		CHECK(ibv_dereg_mr(mr) == 0);
 	mr = OFFERED(ibv_reg_mr(pd, buffer, 4096, IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_ON_DEMAND));
 	CHECK(!!mr == !!(device.odp_caps.general_caps & IBV_ODP_SUPPORT));
-	if (mr)
-		CHECK(ibv_dereg_mr(mr) == 0);
-	mr = ibv_reg_mr(pd, buffer, 4096, IBV_ACCESS_LOCAL_WRITE);
+	/* Advice is for regions on demand. */
 	if (mr) {
 		struct ibv_sge sge = {(uintptr_t)buffer, 4096, mr->lkey};
 		int status = ibv_advise_mr(pd, IBV_ADVISE_MR_ADVICE_PREFETCH, 0, &sge, 1);

@@ -87,6 +87,19 @@ pub struct ibv_odp_caps {
     pub ud_odp_caps: u32,
 }
 
+/// `general_caps`.
+pub const IBV_ODP_SUPPORT: u64 = 1;
+
+/// Per transport.
+pub const IBV_ODP_SUPPORT_SEND: u32 = 1;
+pub const IBV_ODP_SUPPORT_RECV: u32 = 1 << 1;
+pub const IBV_ODP_SUPPORT_WRITE: u32 = 1 << 2;
+pub const IBV_ODP_SUPPORT_READ: u32 = 1 << 3;
+pub const IBV_ODP_SUPPORT_ATOMIC: u32 = 1 << 4;
+pub const IBV_ODP_SUPPORT_SRQ_RECV: u32 = 1 << 5;
+pub const IBV_ODP_SUPPORT_FLUSH: u32 = 1 << 6;
+pub const IBV_ODP_SUPPORT_ATOMIC_WRITE: u32 = 1 << 7;
+
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct ibv_rss_caps {

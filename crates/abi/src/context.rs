@@ -7,7 +7,7 @@ use crate::attr::{
     ibv_query_device_ex_input, ibv_values_ex,
 };
 use crate::domain::*;
-use crate::memory::{ibv_alloc_dm_attr, ibv_dm, ibv_mw, ibv_mw_bind};
+use crate::memory::{ibv_alloc_dm_attr, ibv_buf, ibv_dm, ibv_mr_init_attr, ibv_mw, ibv_mw_bind};
 use crate::objects::{ibv_cq, ibv_cq_ex, ibv_device, ibv_mr, ibv_pd, ibv_qp, pthread_mutex};
 use crate::srq::{
     ibv_ops_wr, ibv_qp_open_attr, ibv_srq, ibv_srq_init_attr_ex, ibv_xrcd, ibv_xrcd_init_attr,
@@ -56,10 +56,11 @@ pub struct ibv_context {
 /// Grows upward: new operations come first, `context` is last.
 #[repr(C)]
 pub struct verbs_context {
-    pub free_buf: absent,
-    pub alloc_buf: absent,
+    pub free_buf: Option<unsafe extern "C" fn(*mut ibv_buf)>,
+    pub alloc_buf:
+        Option<unsafe extern "C" fn(*mut ibv_pd, usize, *mut *mut ibv_buf) -> *mut c_void>,
     pub dm_export_dmabuf_fd: absent,
-    pub reg_mr_ex: absent,
+    pub reg_mr_ex: Option<unsafe extern "C" fn(*mut ibv_pd, *mut ibv_mr_init_attr) -> *mut ibv_mr>,
     pub dealloc_dmah: absent,
     pub alloc_dmah: absent,
     pub query_port:

@@ -60,6 +60,8 @@ const _: () = {
     assert!(size_of::<ibv_mw>() == 32);
     assert!(size_of::<ibv_mw_bind_info>() == 32);
     assert!(size_of::<ibv_mw_bind>() == 48);
+    assert!(size_of::<ibv_mr_init_attr>() == 72);
+    assert!(offset_of!(ibv_mr_init_attr, buf) == 64);
     assert!(size_of::<ibv_send_wr>() == 128);
     assert!(offset_of!(ibv_send_wr, more) == 80);
     assert!(size_of::<ibv_recv_wr>() == 32);

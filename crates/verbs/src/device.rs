@@ -7,7 +7,7 @@ use freeflow_abi::*;
 use freeflow_client as client;
 
 use crate::objects::{Context, MUTEX, NULL, code, context, set_errno};
-use crate::{cq, domain, qp, query, srq, unsupported, xrc};
+use crate::{cq, dm, domain, mw, qp, query, region, srq, xrc};
 
 /// The one device of a process. It lives as long as the process: programs keep pointers to it.
 struct Device(Box<verbs_device>);
@@ -137,9 +137,9 @@ fn new_context(device: *mut ibv_device, client: Arc<client::Context>) -> Context
         _compat_query_device: Some(query::query_device),
         _compat_query_port: Some(query::query_port),
         _compat_alloc_pd_to_dereg_mr: [None; 5],
-        alloc_mw: Some(unsupported::alloc_mw),
-        bind_mw: Some(unsupported::bind_mw),
-        dealloc_mw: Some(unsupported::dealloc_mw),
+        alloc_mw: Some(mw::alloc_mw),
+        bind_mw: Some(mw::bind_mw),
+        dealloc_mw: Some(mw::dealloc_mw),
         _compat_create_cq: None,
         poll_cq: Some(cq::poll_cq),
         req_notify_cq: Some(cq::req_notify_cq),
@@ -161,22 +161,22 @@ fn new_context(device: *mut ibv_device, client: Arc<client::Context>) -> Context
         abi_compat: usize::MAX as *mut c_void,
     };
     let verbs = verbs_context {
-        free_buf: None,
-        alloc_buf: None,
+        free_buf: Some(region::free_buf),
+        alloc_buf: Some(region::alloc_buf),
         dm_export_dmabuf_fd: None,
-        reg_mr_ex: None,
+        reg_mr_ex: Some(region::reg_mr_ex),
         dealloc_dmah: None,
         alloc_dmah: None,
         query_port: Some(query::query_port_ex),
-        advise_mr: None,
-        alloc_null_mr: None,
+        advise_mr: Some(region::advise_mr),
+        alloc_null_mr: Some(region::alloc_null_mr),
         read_counters: None,
         attach_counters_point_flow: None,
         create_counters: None,
         destroy_counters: None,
-        reg_dm_mr: None,
-        alloc_dm: None,
-        free_dm: None,
+        reg_dm_mr: Some(dm::reg_dm_mr),
+        alloc_dm: Some(dm::alloc_dm),
+        free_dm: Some(dm::free_dm),
         modify_flow_action_esp: None,
         destroy_flow_action: None,
         create_flow_action_esp: None,

@@ -14,16 +14,19 @@
 
 mod cq;
 mod device;
+mod dm;
 mod domain;
 mod event;
 mod export;
 mod marshal;
 mod memory;
+mod mw;
 mod objects;
 mod private;
 mod qp;
 mod query;
 mod rdmacm;
+mod region;
 mod srq;
 mod strings;
 mod symbols;

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use freeflow_abi::*;
 use freeflow_client::{Access, AddressVector, Errno, GRH_BYTES, Gid};
 
-use crate::objects::{Ah, Base, Mr, Pd, context, give, set_errno, status};
+use crate::objects::{Ah, Base, Pd, context, give, set_errno, status};
+use crate::region::region;
 
 /// `ibv_alloc_pd(3)`.
 pub(crate) unsafe extern "C" fn alloc_pd(ctx: *mut ibv_context) -> *mut ibv_pd {
@@ -17,7 +18,7 @@ pub(crate) unsafe extern "C" fn alloc_pd(ctx: *mut ibv_context) -> *mut ibv_pd {
         Box::new(Pd {
             c: ibv_pd {
                 context: ctx,
-                handle: 0,
+                handle: client.number(),
             },
             client,
             users: Arc::default(),
@@ -29,10 +30,6 @@ pub(crate) unsafe extern "C" fn alloc_pd(ctx: *mut ibv_context) -> *mut ibv_pd {
 /// The rights that are meant; unknown ones are refused, optional ones left out.
 pub(crate) fn access(bits: c_uint) -> Result<Access, Errno> {
     let access = Access::from_bits(bits & !Access::OPTIONAL_RANGE).ok_or(Errno::OPNOTSUPP)?;
-    // Windows, zero-based regions and paging on demand are not offered.
-    if access.intersects(Access::ZERO_BASED | Access::ON_DEMAND | Access::MW_BIND) {
-        return Err(Errno::OPNOTSUPP);
-    }
     Ok(access - Access::HUGETLB)
 }
 
@@ -68,22 +65,12 @@ pub(crate) unsafe extern "C" fn reg_mr_iova2(
     flags: c_uint,
 ) -> *mut ibv_mr {
     // SAFETY: the caller gives a live domain.
-    let (domain, context) = unsafe { (&ibv_pd::object(pd).client, (*pd).context) };
-    let made =
-        access(flags).and_then(|access| domain.reg_mr(addr as u64, length as u64, iova, access));
-    give(made.map(|client| {
-        let key = client.key().0;
-        let c = ibv_mr {
-            context,
-            pd,
-            addr,
-            length,
-            handle: 0,
-            lkey: key,
-            rkey: key,
-        };
-        Box::new(Mr { c, client })
-    }))
+    unsafe {
+        let domain = &ibv_pd::object(pd).client;
+        let made = access(flags)
+            .and_then(|access| domain.reg_mr(addr as u64, length as u64, iova, access));
+        give(region(pd, addr, length, true, made))
+    }
 }
 
 /// `ibv_dereg_mr(3)`: 0 or errno.

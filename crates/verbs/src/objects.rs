@@ -43,6 +43,25 @@ pub(crate) struct Mr {
 }
 
 #[repr(C)]
+pub(crate) struct Mw {
+    pub(crate) c: ibv_mw,
+    pub(crate) client: client::Mw,
+}
+
+#[repr(C)]
+pub(crate) struct Dm {
+    pub(crate) c: ibv_dm,
+    pub(crate) client: client::Dm,
+}
+
+#[repr(C)]
+pub(crate) struct Buf {
+    pub(crate) c: ibv_buf,
+    pub(crate) pd: *mut ibv_pd,
+    pub(crate) client: client::Buf,
+}
+
+#[repr(C)]
 pub(crate) struct Ah {
     pub(crate) c: ibv_ah,
     pub(crate) av: client::AddressVector,
@@ -152,6 +171,18 @@ unsafe impl Base for ibv_td {
 // SAFETY: `Mr` is repr(C) and begins with ibv_mr.
 unsafe impl Base for ibv_mr {
     type Object = Mr;
+}
+// SAFETY: `Mw` is repr(C) and begins with ibv_mw.
+unsafe impl Base for ibv_mw {
+    type Object = Mw;
+}
+// SAFETY: `Dm` is repr(C) and begins with ibv_dm.
+unsafe impl Base for ibv_dm {
+    type Object = Dm;
+}
+// SAFETY: `Buf` is repr(C) and begins with ibv_buf.
+unsafe impl Base for ibv_buf {
+    type Object = Buf;
 }
 // SAFETY: `Ah` is repr(C) and begins with ibv_ah.
 unsafe impl Base for ibv_ah {

@@ -1,17 +1,17 @@
 //! Queue pairs: creating, modifying, posting.
 
-use core::ffi::{c_int, c_uint, c_void};
+use core::ffi::{c_int, c_uint};
 use std::cell::UnsafeCell;
 
 use freeflow_abi::*;
 use freeflow_client::{
-    Access, Errno, Gid, Mtu, Opcode, QpAttr, QpAttrMask, QpCap, QpInit, QpState, QpType, SendFlags,
-    SendWr, Sge, UdTarget,
+    Access, Errno, Gid, Mtu, MwType, Opcode, QpAttr, QpAttrMask, QpCap, QpInit, QpState, QpType,
+    SendFlags, SendWr, Sge, UdTarget,
 };
 
 use crate::memory::{address, address_attr};
-use crate::objects::{Base, COND, MUTEX, Qp, code, give, set_errno, status};
-use crate::{wr, xrc};
+use crate::objects::{Base, COND, MUTEX, Qp, code, give, status};
+use crate::{mw, wr, xrc};
 
 fn cap(c: &ibv_qp_cap) -> QpCap {
     QpCap {
@@ -320,6 +320,13 @@ pub(crate) unsafe fn elements<'a>(list: *const ibv_sge, n: c_int) -> Result<&'a 
 /// A request as the man page wants it.
 unsafe fn send_request(qp_type: QpType, wr: &ibv_send_wr) -> Result<SendWr, Errno> {
     let opcode = Opcode::from_raw(wr.opcode).ok_or(Errno::OPNOTSUPP)?;
+    if opcode == Opcode::Flush {
+        // The structure has no room for it: `ibv_wr_flush(3)` alone posts it.
+        return Err(Errno::OPNOTSUPP);
+    }
+    if !opcode.allowed_on(qp_type) {
+        return Err(Errno::INVAL);
+    }
     let mut request = SendWr {
         wr_id: wr.wr_id,
         opcode,
@@ -340,6 +347,10 @@ unsafe fn send_request(qp_type: QpType, wr: &ibv_send_wr) -> Result<SendWr, Errn
                 qpn: ud.remote_qpn,
                 qkey: ud.remote_qkey,
             };
+        } else if opcode == Opcode::BindMw {
+            let bind = &wr.more.bind_mw;
+            let (info, flags) = (&bind.bind_info, request.flags);
+            return mw::request(bind.mw, MwType::Two, bind.rkey, info, wr.wr_id, flags);
         } else if opcode.is_atomic() {
             let atomic = &wr.wr.atomic;
             request.remote_addr = atomic.remote_addr;
@@ -443,17 +454,4 @@ pub(crate) unsafe extern "C" fn query_qp_data_in_order(
 /// `ibv_query_ece(3)` and `ibv_set_ece(3)`: there are no options to agree on.
 pub(crate) unsafe extern "C" fn ece(_qp: *mut ibv_qp, _ece: *mut ibv_ece) -> c_int {
     libc::EOPNOTSUPP
-}
-
-/// `ibv_rereg_mr(3)`: not offered; the region is as it was.
-pub(crate) unsafe extern "C" fn rereg_mr(
-    _mr: *mut ibv_mr,
-    _flags: c_int,
-    _pd: *mut ibv_pd,
-    _addr: *mut c_void,
-    _length: usize,
-    _access: c_int,
-) -> c_int {
-    set_errno(libc::EOPNOTSUPP);
-    IBV_REREG_MR_ERR_INPUT
 }

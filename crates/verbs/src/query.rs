@@ -18,6 +18,26 @@ const WIDTH_4X: u8 = 2;
 /// 25 Gb/s a lane.
 const SPEED_EDR: u8 = 32;
 
+const CAPABILITIES: c_uint = IBV_DEVICE_CURR_QP_STATE_MOD
+    | IBV_DEVICE_SYS_IMAGE_GUID
+    | IBV_DEVICE_RC_RNR_NAK_GEN
+    | IBV_DEVICE_SRQ_RESIZE
+    | IBV_DEVICE_XRC
+    | IBV_DEVICE_MEM_WINDOW
+    | IBV_DEVICE_MEM_MGT_EXTENSIONS
+    | IBV_DEVICE_MEM_WINDOW_TYPE_2B;
+
+const CAPABILITIES_EX: u64 =
+    CAPABILITIES as u64 | IBV_DEVICE_FLUSH_GLOBAL | IBV_DEVICE_ATOMIC_WRITE;
+
+const ODP_UD: u32 = IBV_ODP_SUPPORT_SEND | IBV_ODP_SUPPORT_RECV | IBV_ODP_SUPPORT_SRQ_RECV;
+const ODP_UC: u32 = ODP_UD | IBV_ODP_SUPPORT_WRITE;
+const ODP_RC: u32 = ODP_UC
+    | IBV_ODP_SUPPORT_READ
+    | IBV_ODP_SUPPORT_ATOMIC
+    | IBV_ODP_SUPPORT_FLUSH
+    | IBV_ODP_SUPPORT_ATOMIC_WRITE;
+
 fn device_attr(info: &DeviceInfo) -> ibv_device_attr {
     let limits = &info.limits;
     let int = |n: u32| c_int::try_from(n).unwrap_or(c_int::MAX);
@@ -36,11 +56,7 @@ fn device_attr(info: &DeviceInfo) -> ibv_device_attr {
         hw_ver: 0,
         max_qp: int(limits.max_qp),
         max_qp_wr: int(limits.max_qp_wr),
-        device_cap_flags: IBV_DEVICE_CURR_QP_STATE_MOD
-            | IBV_DEVICE_SYS_IMAGE_GUID
-            | IBV_DEVICE_RC_RNR_NAK_GEN
-            | IBV_DEVICE_SRQ_RESIZE
-            | IBV_DEVICE_XRC,
+        device_cap_flags: CAPABILITIES,
         max_sge: int(limits.max_sge),
         max_sge_rd: int(limits.max_sge),
         max_cq: int(limits.max_cq),
@@ -55,7 +71,7 @@ fn device_attr(info: &DeviceInfo) -> ibv_device_attr {
         atomic_cap: IBV_ATOMIC_HCA,
         max_ee: 0,
         max_rdd: 0,
-        max_mw: 0,
+        max_mw: int(limits.max_mw),
         max_raw_ipv6_qp: 0,
         max_raw_ethy_qp: 0,
         max_mcast_grp: int(limits.max_mcast_grp),
@@ -139,15 +155,15 @@ pub(crate) unsafe extern "C" fn query_device_ex(
         orig_attr: device_attr(info),
         comp_mask: 0,
         odp_caps: ibv_odp_caps {
-            general_caps: 0,
-            rc_odp_caps: 0,
-            uc_odp_caps: 0,
-            ud_odp_caps: 0,
+            general_caps: IBV_ODP_SUPPORT,
+            rc_odp_caps: ODP_RC,
+            uc_odp_caps: ODP_UC,
+            ud_odp_caps: ODP_UD,
         },
         completion_timestamp_mask: u64::MAX,
         // Timestamps are nanoseconds.
         hca_core_clock: 1_000_000,
-        device_cap_flags_ex: 0,
+        device_cap_flags_ex: CAPABILITIES_EX,
         tso_caps: [0; 2],
         rss_caps: ibv_rss_caps {
             supported_qpts: 0,
@@ -161,9 +177,9 @@ pub(crate) unsafe extern "C" fn query_device_ex(
         raw_packet_caps: 0,
         tm_caps: [0; 5],
         cq_mod_caps: [0; 2],
-        max_dm_size: 0,
+        max_dm_size: info.limits.max_dm_size,
         pci_atomic_caps: [0; 3],
-        xrc_odp_caps: 0,
+        xrc_odp_caps: ODP_RC,
         phys_port_cnt_ex: 1,
     };
     // SAFETY: the caller gives room for `len` bytes.

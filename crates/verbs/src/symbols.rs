@@ -1,7 +1,9 @@
 //! Every public symbol of libibverbs, with its version.
 
 use crate::export::export;
-use crate::{cq, device, domain, event, marshal, memory, qp, query, srq, strings, unsupported};
+use crate::{
+    cq, device, domain, event, marshal, memory, qp, query, region, srq, strings, unsupported,
+};
 
 export! {
     "ibv_get_device_list" "@@IBVERBS_1.1" device::get_device_list;
@@ -90,7 +92,7 @@ export! {
     "ibv_wc_status_str" "@@IBVERBS_1.1" strings::wc_status_str;
     "ibv_rate_to_mbps" "@@IBVERBS_1.1" strings::rate_to_mbps;
     "mbps_to_ibv_rate" "@@IBVERBS_1.1" strings::mbps_to_rate;
-    "ibv_rereg_mr" "@@IBVERBS_1.1" qp::rereg_mr;
+    "ibv_rereg_mr" "@@IBVERBS_1.1" region::rereg_mr;
     "ibv_resolve_eth_l2_from_gid" "@@IBVERBS_1.1" unsupported::minus_one;
     "ibv_copy_ah_attr_from_kern" "@@IBVERBS_1.1" marshal::copy_ah_attr_from_kern;
     "ibv_register_driver" "@IBVERBS_1.1" unsupported::nothing;
@@ -115,12 +117,12 @@ export! {
     "ibv_query_qp_data_in_order" "@@IBVERBS_1.14" qp::query_qp_data_in_order;
     "ibv_alloc_dmah" "@@IBVERBS_1.15" unsupported::null;
     "ibv_dealloc_dmah" "@@IBVERBS_1.15" unsupported::errno;
-    "ibv_reg_mr_ex" "@@IBVERBS_1.15" unsupported::null;
+    "ibv_reg_mr_ex" "@@IBVERBS_1.15" region::reg_mr_ex;
     "ibv_dm_export_dmabuf_fd" "@@IBVERBS_1.16" unsupported::minus_one;
     "ibv_query_port_speed" "@@IBVERBS_1.16" unsupported::errno;
-    "ibv_alloc_buf" "@@IBVERBS_1.17" unsupported::null;
-    "ibv_free_buf" "@@IBVERBS_1.17" unsupported::nothing;
-    "ibv_reg_buf_mr" "@@IBVERBS_1.17" unsupported::null;
+    "ibv_alloc_buf" "@@IBVERBS_1.17" region::alloc_buf;
+    "ibv_free_buf" "@@IBVERBS_1.17" region::free_buf;
+    "ibv_reg_buf_mr" "@@IBVERBS_1.17" region::reg_buf_mr;
     "_ibv_query_comp_cntr_caps" "@@IBVERBS_1.18" unsupported::errno;
     "ibv_create_comp_cntr" "@@IBVERBS_1.18" unsupported::null;
     "ibv_destroy_comp_cntr" "@@IBVERBS_1.18" unsupported::errno;
@@ -131,5 +133,5 @@ export! {
     "ibv_inc_err_comp_cntr" "@@IBVERBS_1.18" unsupported::errno;
     "ibv_read_err_comp_cntr" "@@IBVERBS_1.18" unsupported::errno;
     "ibv_qp_attach_comp_cntr" "@@IBVERBS_1.18" unsupported::errno;
-    "ibv_export_buf_dmabuf_fd" "@@IBVERBS_1.18" unsupported::minus_one;
+    "ibv_export_buf_dmabuf_fd" "@@IBVERBS_1.18" region::export_buf_dmabuf_fd;
 }

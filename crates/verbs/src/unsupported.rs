@@ -1,8 +1,6 @@
 //! Verbs that the device does not have, with the answer that their man pages give for that.
 
-use core::ffi::{c_int, c_uint, c_void};
-
-use freeflow_abi::*;
+use core::ffi::{c_int, c_void};
 
 use crate::objects::set_errno;
 
@@ -25,20 +23,3 @@ pub(crate) unsafe extern "C" fn null() -> *mut c_void {
 
 /// For verbs that give an object back that cannot exist.
 pub(crate) unsafe extern "C" fn nothing() {}
-
-pub(crate) unsafe extern "C" fn alloc_mw(_pd: *mut ibv_pd, _kind: c_uint) -> *mut ibv_mw {
-    // SAFETY: it touches errno alone.
-    unsafe { null() }.cast()
-}
-
-pub(crate) unsafe extern "C" fn bind_mw(
-    _qp: *mut ibv_qp,
-    _mw: *mut ibv_mw,
-    _bind: *mut ibv_mw_bind,
-) -> c_int {
-    libc::EOPNOTSUPP
-}
-
-pub(crate) unsafe extern "C" fn dealloc_mw(_mw: *mut ibv_mw) -> c_int {
-    libc::EOPNOTSUPP
-}

@@ -4,8 +4,11 @@
 use core::ffi::{c_int, c_void};
 
 use freeflow_abi::*;
-use freeflow_client::{Errno, Opcode, QpType, SendFlags, SendQueue, SendWr, Sge};
+use freeflow_client::{
+    Errno, FlushSpec, MwType, Opcode, QpType, SendFlags, SendQueue, SendWr, Sge,
+};
 
+use crate::mw;
 use crate::objects::{Base, code};
 
 /// What is between wr_start and wr_complete.
@@ -26,11 +29,15 @@ const READ: u64 = IBV_QP_EX_WITH_RDMA_READ
     | IBV_QP_EX_WITH_ATOMIC_CMP_AND_SWP
     | IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD;
 
+const WINDOWS: u64 =
+    IBV_QP_EX_WITH_LOCAL_INV | IBV_QP_EX_WITH_BIND_MW | IBV_QP_EX_WITH_SEND_WITH_INV;
+const PLACED: u64 = IBV_QP_EX_WITH_FLUSH | IBV_QP_EX_WITH_ATOMIC_WRITE;
+
 /// Whether a queue pair of this type can have the operations.
 pub(crate) fn check_ops(qp_type: QpType, ops: u64) -> Result<(), Errno> {
     let offered = match qp_type {
-        QpType::Rc | QpType::XrcSend => SEND | RDMA | READ,
-        QpType::Uc => SEND | RDMA,
+        QpType::Rc | QpType::XrcSend => SEND | RDMA | READ | WINDOWS | PLACED,
+        QpType::Uc => SEND | RDMA | WINDOWS,
         QpType::Ud => SEND,
         QpType::XrcRecv => 0,
     };
@@ -51,14 +58,14 @@ pub(crate) fn extended(qp_base: ibv_qp, ops: u64) -> ibv_qp_ex {
         wr_flags: 0,
         wr_atomic_cmp_swp: has(IBV_QP_EX_WITH_ATOMIC_CMP_AND_SWP).then_some(cmp_swp as _),
         wr_atomic_fetch_add: has(IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD).then_some(fetch_add as _),
-        wr_bind_mw: None,
-        wr_local_inv: None,
+        wr_bind_mw: has(IBV_QP_EX_WITH_BIND_MW).then_some(bind_mw as _),
+        wr_local_inv: has(IBV_QP_EX_WITH_LOCAL_INV).then_some(local_inv as _),
         wr_rdma_read: has(IBV_QP_EX_WITH_RDMA_READ).then_some(rdma_read as _),
         wr_rdma_write: has(IBV_QP_EX_WITH_RDMA_WRITE).then_some(rdma_write as _),
         wr_rdma_write_imm: has(IBV_QP_EX_WITH_RDMA_WRITE_WITH_IMM).then_some(rdma_write_imm as _),
         wr_send: has(IBV_QP_EX_WITH_SEND).then_some(send as _),
         wr_send_imm: has(IBV_QP_EX_WITH_SEND_WITH_IMM).then_some(send_imm as _),
-        wr_send_inv: None,
+        wr_send_inv: has(IBV_QP_EX_WITH_SEND_WITH_INV).then_some(send_inv as _),
         wr_send_tso: None,
         wr_set_ud_addr: Some(set_ud_addr),
         wr_set_xrc_srqn: Some(set_xrc_srqn),
@@ -69,8 +76,8 @@ pub(crate) fn extended(qp_base: ibv_qp, ops: u64) -> ibv_qp_ex {
         wr_start: Some(start),
         wr_complete: Some(complete),
         wr_abort: Some(abort),
-        wr_atomic_write: None,
-        wr_flush: None,
+        wr_atomic_write: has(IBV_QP_EX_WITH_ATOMIC_WRITE).then_some(atomic_write as _),
+        wr_flush: has(IBV_QP_EX_WITH_FLUSH).then_some(flush as _),
     }
 }
 
@@ -256,6 +263,77 @@ unsafe extern "C" fn fetch_add(qp: *mut ibv_qp_ex, rkey: u32, remote_addr: u64, 
             wr.remote_addr = remote_addr;
             wr.compare_add = add;
         });
+    }
+}
+
+unsafe extern "C" fn send_inv(qp: *mut ibv_qp_ex, key: u32) {
+    // SAFETY: see `send`.
+    unsafe { open(qp, Opcode::SendInv, |wr| wr.imm = key) };
+}
+
+unsafe extern "C" fn local_inv(qp: *mut ibv_qp_ex, key: u32) {
+    // SAFETY: see `send`.
+    unsafe { open(qp, Opcode::LocalInv, |wr| wr.imm = key) };
+}
+
+unsafe extern "C" fn bind_mw(
+    qp: *mut ibv_qp_ex,
+    window: *mut ibv_mw,
+    rkey: u32,
+    info: *const ibv_mw_bind_info,
+) {
+    // SAFETY: see `send`; the caller gives a live window and what to bind it to.
+    unsafe {
+        let mut wanted = Err(Errno::INVAL);
+        open(qp, Opcode::BindMw, |wr| {
+            wanted = mw::request(window, MwType::Two, rkey, &*info, wr.wr_id, wr.flags);
+            if let Ok(bind) = wanted {
+                *wr = bind;
+            }
+        });
+        if let Err(errno) = wanted {
+            builder(qp).fail(errno);
+        }
+    }
+}
+
+/// The 8 bytes are copied at once.
+unsafe extern "C" fn atomic_write(
+    qp: *mut ibv_qp_ex,
+    rkey: u32,
+    remote_addr: u64,
+    word: *const c_void,
+) {
+    // SAFETY: see `send`; the caller gives 8 bytes.
+    unsafe {
+        open(qp, Opcode::AtomicWrite, |wr| {
+            wr.rkey = rkey;
+            wr.remote_addr = remote_addr;
+        });
+        builder(qp).inline = Some(word.cast::<[u8; 8]>().read_unaligned().to_vec());
+    }
+}
+
+unsafe extern "C" fn flush(
+    qp: *mut ibv_qp_ex,
+    rkey: u32,
+    remote_addr: u64,
+    length: usize,
+    types: u8,
+    level: u8,
+) {
+    let spec = FlushSpec::new(types.into(), level.into());
+    // SAFETY: see `send`.
+    unsafe {
+        open(qp, Opcode::Flush, |wr| {
+            wr.rkey = rkey;
+            wr.remote_addr = remote_addr;
+            wr.compare_add = length as u64;
+            wr.swap = spec.map_or(0, FlushSpec::raw);
+        });
+        if spec.is_none() {
+            builder(qp).fail(Errno::INVAL);
+        }
     }
 }
 

@@ -50,7 +50,7 @@ const PREAMBLE: &str = "#include <stddef.h>\n#include <stdio.h>\n#include <pthre
 
 /// Types that no expression of C names: that of a provider's header, which is not installed, and
 /// a union without a name whose fields are its structure's (their place is compared there).
-const NOT_IN_HEADERS: [&str; 2] = ["verbs_device", "ibv_send_wr_more"];
+const NOT_IN_HEADERS: [&str; 3] = ["verbs_device", "ibv_send_wr_more", "ibv_buf"];
 
 /// Types that have another name in C.
 const TYPES: [(&str, &str); 3] = [
@@ -123,7 +123,7 @@ const FIELDS: [(&str, &str, &str); 14] = [
 const KEYWORDS: [(&str, &str); 2] = [("private", "priv"), ("kind", "type")];
 
 /// What releases of rdma-core after 44 added: left out if the installed header has it not.
-const NEWER: [&str; 16] = [
+const NEWER: [&str; 26] = [
     "IBV_ACCESS_FLUSH_GLOBAL",
     "IBV_ACCESS_FLUSH_PERSISTENT",
     "IBV_DEVICE_ATOMIC_WRITE",
@@ -132,6 +132,16 @@ const NEWER: [&str; 16] = [
     "IBV_WC_FLUSH",
     "IBV_WR_FLUSH",
     "IBV_QP_EX_WITH_FLUSH",
+    "IBV_ODP_SUPPORT_FLUSH",
+    "IBV_ODP_SUPPORT_ATOMIC_WRITE",
+    "IBV_REG_MR_MASK_IOVA",
+    "IBV_REG_MR_MASK_ADDR",
+    "IBV_REG_MR_MASK_FD",
+    "IBV_REG_MR_MASK_FD_OFFSET",
+    "IBV_REG_MR_MASK_DMAH",
+    "IBV_REG_MR_MASK_BUF",
+    "ibv_dmah",
+    "ibv_mr_init_attr",
     "ibv_port_attr.active_speed_ex",
     "ibv_qp_ex.wr_flush",
     "verbs_context.free_buf",
@@ -178,6 +188,10 @@ fn layouts(ours: &mut Facts, program: &mut String, types: &[Type]) {
             continue;
         }
         let c = c_type(of.name);
+        let probe = format!("{PREAMBLE}size_t probe = sizeof({c});\n");
+        if NEWER.contains(&of.name) && !compiles(&probe) {
+            continue;
+        }
         let anchor = GROWS_UPWARD.iter().find(|(name, _)| *name == of.name);
         let anchor = anchor.map(|(_, field)| *field);
         let base = anchor.map_or(0, |anchor| {
