@@ -81,6 +81,24 @@ fn rc_pingpong_with_the_extended_interfaces() {
 }
 
 #[test]
+fn rc_pingpong_on_demand_and_in_device_memory() {
+    if have("ibv_rc_pingpong") {
+        let bed = bed();
+        for args in [
+            &["-o"][..],
+            &["-o", "-P", "-e"],
+            &["-j"],
+            &["-j", "-N", "-e"],
+        ] {
+            pingpong(&bed, "ibv_rc_pingpong", "1000", args);
+            let mut large = args.to_vec();
+            large.extend(["-s", "1048576"]);
+            pingpong(&bed, "ibv_rc_pingpong", "200", &large);
+        }
+    }
+}
+
+#[test]
 fn datagram_pingpong() {
     let program = "ibv_ud_pingpong";
     if have(program) {
