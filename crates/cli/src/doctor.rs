@@ -134,7 +134,8 @@ fn memfd() -> Finding {
 fn userfaultfd() -> Finding {
     let what = "userfaultfd";
     let refused = "registered memory of programs with several threads is copied across \
-                   processes, which is slower; allow the userfaultfd system call";
+                   processes, which is slower; allow the userfaultfd system call, or give access to \
+                   /dev/userfaultfd";
     match freeflow_convert::probe_userfaultfd() {
         (UffdMode::Full, true) => finding(what, Verdict::Ok, "full: any memory is shared in place"),
         (UffdMode::UserModeOnly, true) => finding(
@@ -147,7 +148,7 @@ fn userfaultfd() -> Finding {
         (_, false) => finding(
             what,
             Verdict::Warn,
-            format!("too old (Linux 6.4 is needed): {refused}"),
+            format!("too old (Linux 5.14 is needed): {refused}"),
         ),
     }
 }

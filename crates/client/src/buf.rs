@@ -46,9 +46,12 @@ impl Buf {
         offset.is_some_and(|offset| offset <= self.size && len <= self.size - offset)
     }
 
-    /// Unmaps it. Regions that are left in it stay what they are until they are deregistered.
+    /// Unmaps it. Regions that are left in it stay what they are until they are deregistered. A
+    /// child of `fork` has a copy of its own, which stays until it ends.
     pub fn free(&self) {
-        if let Some(pages) = unpoisoned(&self.pages).take() {
+        if let Some(pages) = unpoisoned(&self.pages).take()
+            && self.session.is_own()
+        {
             freeflow_convert::lock().release(&mut Pages::of(&self.session), pages);
         }
     }

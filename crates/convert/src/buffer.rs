@@ -14,6 +14,8 @@ use crate::{PageSource, PoolRange, page_size};
 pub struct Buffer {
     addr: u64,
     len: u64,
+    /// What it shows.
+    place: Place,
 }
 
 impl Buffer {
@@ -30,22 +32,21 @@ impl Converter {
         let len = len.filter(|&len| len != 0).ok_or(Errno::NOMEM)?;
         let range = source.alloc(len)?;
         let mapped = self.segment(source, range.segment).and_then(|segment| {
-            let fd = self.segments[segment].fd.as_fd();
+            let fd = self.segments[segment].fd.as_ref().ok_or(Errno::BADF)?;
             let prot = ProtFlags::READ | ProtFlags::WRITE;
             let size = usize::try_from(len).map_err(|_| Errno::NOMEM)?;
             let (any, shared) = (std::ptr::null_mut(), MapFlags::SHARED);
             // SAFETY: a fresh mapping at an address of the kernel's choice.
-            let addr = unsafe { mmap(any, size, prot, shared, fd, range.offset)? };
+            let addr = unsafe { mmap(any, size, prot, shared, fd.as_fd(), range.offset)? };
             Ok((segment, addr as u64))
         });
         match mapped {
             Ok((segment, addr)) => {
                 let offset = range.offset;
-                self.mapped
-                    .insert(addr, addr + len, Place { segment, offset });
+                let place = Place { segment, offset };
                 self.users[segment].insert(offset, offset + len, Users(0));
                 self.idle += len;
-                Ok(Buffer { addr, len })
+                Ok(Buffer { addr, len, place })
             }
             Err(errno) => {
                 source.free(range);
@@ -57,30 +58,27 @@ impl Converter {
     /// Unmaps a buffer. Pages that no registration uses are given back at once, the others when
     /// they are collected.
     pub fn release(&mut self, source: &mut dyn PageSource, buffer: Buffer) {
-        let (start, end) = (buffer.addr, buffer.addr + buffer.len);
-        let places = self.mapped.within(start, end);
-        self.mapped.remove(start, end);
+        let Buffer { addr, len, place } = buffer;
         // SAFETY: the program gives up the mapping that `allocate` made for it.
-        let unmapped = unsafe { munmap(start as *mut _, buffer.len as usize) };
-        if unmapped.is_err() {
+        let unmapped = unsafe { munmap(addr as *mut _, len as usize) };
+        // In a child of `fork`, and with another router, the pages are not ours to give back.
+        let segment = self.segments.get(place.segment).filter(|s| s.alive);
+        let (Ok(()), Some(segment)) = (unmapped, segment) else {
             return;
-        }
-        for (from, to, place) in places {
-            if !self.segments[place.segment].alive {
-                continue;
-            }
-            let (offset, len) = (place.offset, to - from);
-            let users = &mut self.users[place.segment];
-            for (from, to, users_of_it) in users.within(offset, offset + len) {
-                if users_of_it.0 == 0 {
-                    users.remove(from, to);
-                    self.idle -= (to - from).min(self.idle);
-                    source.free(PoolRange {
-                        segment: self.segments[place.segment].number,
-                        offset: from,
-                        len: to - from,
-                    });
-                }
+        };
+        let number = segment.number;
+        let Some(users) = self.users.get_mut(place.segment) else {
+            return;
+        };
+        for (from, to, users_of_it) in users.within(place.offset, place.offset + len) {
+            if users_of_it.0 == 0 {
+                users.remove(from, to);
+                self.idle -= (to - from).min(self.idle);
+                source.free(PoolRange {
+                    segment: number,
+                    offset: from,
+                    len: to - from,
+                });
             }
         }
     }

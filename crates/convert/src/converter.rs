@@ -1,11 +1,15 @@
 //! The converter: registering, deregistering, collecting what is no longer used.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, MremapFlags, ProtFlags, mmap, mremap_fixed, munmap};
+use rustix::mm::{
+    Advice, MapFlags, MlockFlags, MremapFlags, ProtFlags, madvise, mlock_with, mmap, mremap_fixed,
+    munmap,
+};
 
-use crate::maps::{Maps, Vma, each_touched, holds_stack, is_single_threaded};
+use crate::content::{Content, Pagemap, Part};
+use crate::maps::{Maps, Vma, begins_with_arena, is_single_threaded, locked, stack_end};
 use crate::records::{Intervals, Place, Users};
 use crate::uffd::Uffd;
 use crate::{Backing, ConvertError, PageSource, Piece, PoolRange, Registration, page_size};
@@ -24,6 +28,8 @@ pub struct Stats {
     pub foreign_bytes: u64,
     /// Of these, because userfaultfd is refused and the process has several threads.
     pub unsafe_bytes: u64,
+    /// Of these, because the system refused to replace the pages.
+    pub failed_bytes: u64,
 }
 
 /// A pool segment as this process maps it.
@@ -31,7 +37,8 @@ pub struct Stats {
 pub(crate) struct Segment {
     /// The source's number of it.
     pub(crate) number: u32,
-    pub(crate) fd: OwnedFd,
+    /// `None`: its router is gone, and it is mapped nowhere.
+    pub(crate) fd: Option<OwnedFd>,
     device: (u32, u32),
     inode: u64,
     /// Its router serves it.
@@ -39,7 +46,7 @@ pub(crate) struct Segment {
 }
 
 #[derive(Debug)]
-enum Uffds {
+pub(crate) enum Uffds {
     Untried,
     Open(Uffd),
     Refused,
@@ -49,12 +56,10 @@ enum Uffds {
 #[derive(Debug)]
 pub struct Converter {
     pub(crate) segments: Vec<Segment>,
-    /// By address: what we mapped there.
-    pub(crate) mapped: Intervals<Place>,
     /// By segment and offset: who uses it. Everything that was allocated is there.
     pub(crate) users: Vec<Intervals<Users>>,
-    maps: Option<Maps>,
-    uffd: Uffds,
+    pub(crate) maps: Option<Maps>,
+    pub(crate) uffd: Uffds,
     pub(crate) idle: u64,
     idle_at_last_collect: u64,
     live: u64,
@@ -76,7 +81,6 @@ impl Converter {
     pub const fn new() -> Self {
         Converter {
             segments: Vec::new(),
-            mapped: Intervals::new(),
             users: Vec::new(),
             maps: None,
             uffd: Uffds::Untried,
@@ -88,6 +92,7 @@ impl Converter {
                 converted_bytes: 0,
                 foreign_bytes: 0,
                 unsafe_bytes: 0,
+                failed_bytes: 0,
             },
         }
     }
@@ -124,12 +129,13 @@ impl Converter {
                 self.drop_uses(&made.uses);
                 return Err(ConvertError::Fault { addr: at });
             };
-            let until = vma.end.min(end);
-            if let Err(e) = self.register_in(source, &vma, at, until, &mut made) {
-                self.drop_uses(&made.uses);
-                return Err(e);
+            match self.register_in(source, &vma, at, vma.end.min(end), &mut made) {
+                Ok(until) => at = until,
+                Err(e) => {
+                    self.drop_uses(&made.uses);
+                    return Err(e);
+                }
             }
-            at = until;
         }
         made.pieces = trim(&made.pieces, addr, addr + len);
         let foreign = made.pieces.iter().filter(|p| p.backing == Backing::Foreign);
@@ -167,7 +173,7 @@ impl Converter {
         self.maps.as_mut().ok_or(ConvertError::Os(Errno::IO))
     }
 
-    /// Registers the pages of one mapping.
+    /// Registers pages of one mapping, as far as they are backed alike; returns how far it came.
     fn register_in(
         &mut self,
         source: &mut dyn PageSource,
@@ -175,32 +181,45 @@ impl Converter {
         start: u64,
         end: u64,
         made: &mut Registration,
-    ) -> Result<(), ConvertError> {
-        if let Some(place) = self.ours(vma, start) {
+    ) -> Result<u64, ConvertError> {
+        let shown = self.shows(vma, start);
+        let alive = |place: &Place| self.segments[place.segment].alive;
+        if let Some(place) = shown.filter(alive) {
             self.add_use(place, end - start, made);
             push(made, start, end, self.backing(place));
-            return Ok(());
+            return Ok(end);
         }
-        // Whatever we had there is gone: the application has mapped something else.
-        self.mapped.remove(start, end);
+        // Pages that a router shared which is gone are converted again.
+        let ours = shown.filter(|_| vma.write);
         let private = !vma.shared && vma.inode == 0 && vma.write && !vma.execute;
-        if !private || !vma.small_pages || holds_stack(vma) {
+        if !private && ours.is_none() {
             push(made, start, end, Backing::Foreign);
-            return Ok(());
+            return Ok(end);
         }
-        match self.convert(source, start, end) {
-            Ok(Some(place)) => {
-                self.add_use(place, end - start, made);
-                push(made, start, end, self.backing(place));
-                Ok(())
-            }
-            Ok(None) => {
-                self.stats.unsafe_bytes += end - start;
-                push(made, start, end, Backing::Foreign);
-                Ok(())
-            }
-            Err(errno) => Err(os(errno)),
+        let untouchable = stack_end(vma).or_else(|| {
+            (start == vma.start && begins_with_arena(vma)).then(|| start + page_size())
+        });
+        if let Some(until) = untouchable.filter(|&until| until > start) {
+            let until = until.min(end);
+            push(made, start, until, Backing::Foreign);
+            return Ok(until);
         }
+        let mut until = start;
+        match self.convert(source, ours, start, end).map_err(os)? {
+            Converted::Unsafe => self.stats.unsafe_bytes += end - start,
+            Converted::Until(at, place) => {
+                until = at;
+                self.stats.failed_bytes += end - until;
+                if until > start {
+                    self.add_use(place, until - start, made);
+                    push(made, start, until, self.backing(place));
+                }
+            }
+        }
+        if until < end {
+            push(made, until, end, Backing::Foreign);
+        }
+        Ok(end)
     }
 
     fn backing(&self, place: Place) -> Backing {
@@ -213,24 +232,23 @@ impl Converter {
         }
     }
 
-    /// The pool pages that a mapping shows at an address, if it is one of ours: asked of the
-    /// kernel, not of our records.
-    pub(crate) fn ours(&self, vma: &Vma, start: u64) -> Option<Place> {
-        if !vma.shared || !vma.write {
+    /// The pool pages that a mapping shows at an address: asked of the kernel, for the application
+    /// may have unmapped, moved or replaced what we mapped.
+    pub(crate) fn shows(&self, vma: &Vma, start: u64) -> Option<Place> {
+        if !vma.shared || vma.inode == 0 {
             return None;
         }
-        self.shows(vma, start)
-            .filter(|place| self.segments[place.segment].alive)
-    }
-
-    /// The pool pages that a mapping shows at an address, of whatever segment.
-    pub(crate) fn shows(&self, vma: &Vma, start: u64) -> Option<Place> {
-        let same = |s: &Segment| s.inode == vma.inode && s.device == vma.device;
-        let segment = self.segments.iter().position(same)?;
+        let segment = self.segments.iter().position(|s| s.is(vma))?;
         Some(Place {
             segment,
             offset: vma.offset + (start - vma.start),
         })
+    }
+
+    /// The memfd whose pages a mapping shows, if it is one of ours.
+    pub(crate) fn memfd(&self, vma: &Vma) -> Option<BorrowedFd<'_>> {
+        let place = self.shows(vma, vma.start)?;
+        Some(self.segments.get(place.segment)?.fd.as_ref()?.as_fd())
     }
 
     fn add_use(&mut self, place: Place, len: u64, made: &mut Registration) {
@@ -267,43 +285,52 @@ impl Converter {
         }
     }
 
-    /// Replaces private pages by pool pages. `None`: it cannot be done safely.
+    /// Replaces private pages, or pages of a segment whose router is gone, by pool pages.
     fn convert(
         &mut self,
         source: &mut dyn PageSource,
+        ours: Option<Place>,
         start: u64,
         end: u64,
-    ) -> Result<Option<Place>, Errno> {
+    ) -> Result<Converted, Errno> {
         if let Uffds::Untried = self.uffd {
             self.uffd = Uffd::open().map_or(Uffds::Refused, Uffds::Open);
         }
+        let held = match &self.uffd {
+            Uffds::Open(uffd) => ours.is_none() || uffd.holds_shared(),
+            _ => false,
+        };
         // Nobody else can write if there is nobody else.
-        if matches!(self.uffd, Uffds::Refused) && !is_single_threaded() {
-            return Ok(None);
+        if !held && !is_single_threaded() {
+            return Ok(Converted::Unsafe);
         }
         let len = end - start;
         let range = source.alloc(len)?;
-        let result = self.segment(source, range.segment).and_then(|segment| {
-            self.replace(segment, range.offset, start, len)?;
-            Ok(Place {
-                segment,
-                offset: range.offset,
-            })
-        });
-        match result {
-            Ok(place) => {
-                self.mapped.insert(start, end, place);
-                self.users[place.segment].insert(range.offset, range.offset + len, Users(0));
-                self.idle += len;
-                self.stats.conversions += 1;
-                self.stats.converted_bytes += len;
-                Ok(Some(place))
-            }
-            Err(errno) => {
-                source.free(range);
-                Err(errno)
-            }
+        let segment = self
+            .segment(source, range.segment)
+            .inspect_err(|_| source.free(range))?;
+        let until = self.replace(segment, range.offset, ours, start, end);
+        let done = until - start;
+        if done < len {
+            source.free(PoolRange {
+                offset: range.offset + done,
+                len: len - done,
+                ..range
+            });
         }
+        if done > 0 {
+            let users = &mut self.users[segment];
+            users.insert(range.offset, range.offset + done, Users(0));
+            self.idle += done;
+            self.stats.conversions += 1;
+            self.stats.converted_bytes += done;
+            self.close_unmapped();
+        }
+        let place = Place {
+            segment,
+            offset: range.offset,
+        };
+        Ok(Converted::Until(until, place))
     }
 
     /// Our own index of a segment.
@@ -324,7 +351,7 @@ impl Converter {
         let fd = rustix::io::fcntl_dupfd_cloexec(fd, 0)?;
         self.segments.push(Segment {
             number,
-            fd,
+            fd: Some(fd),
             device,
             inode: stat.st_ino,
             alive: true,
@@ -333,35 +360,58 @@ impl Converter {
         Ok(self.segments.len() - 1)
     }
 
-    fn replace(&self, segment: usize, offset: u64, start: u64, len: u64) -> Result<(), Errno> {
-        let fd = &self.segments[segment].fd;
+    /// Replaces a range part by part, each atomically; returns how far it came.
+    fn replace(
+        &self,
+        segment: usize,
+        offset: u64,
+        ours: Option<Place>,
+        start: u64,
+        end: u64,
+    ) -> u64 {
+        let Some(fd) = &self.segments[segment].fd else {
+            return start;
+        };
+        let content = match ours {
+            None => Content::Anonymous(Pagemap::open()),
+            Some(place) => match &self.segments[place.segment].fd {
+                Some(fd) => Content::Shared {
+                    fd: fd.as_fd(),
+                    offset: place.offset,
+                    addr: start,
+                },
+                None => return start,
+            },
+        };
         let uffd = match &self.uffd {
             Uffds::Open(uffd) => Some(uffd),
             _ => None,
         };
-        if let Some(uffd) = uffd {
-            uffd.protect(start, len)?;
-        }
-        let moved = copy(fd, offset, start, len).and_then(|()| map_over(fd, offset, start, len));
-        if let Some(uffd) = uffd {
-            match moved {
-                // The new mapping is not registered: only those who wait must be told.
-                Ok(()) => uffd.wake(start, len),
-                Err(_) => uffd.release(start, len),
+        let lock = locked(start, end);
+        let mut at = start;
+        while at < end {
+            let Ok(part) = content.next_part(at, end) else {
+                break;
+            };
+            if replace_part(uffd, &content, &part, fd, offset + (at - start)).is_err() {
+                break;
             }
+            for &(from, to) in &lock {
+                keep_locked(&part, from.max(part.start), to.min(part.end));
+            }
+            at = part.end;
         }
-        moved
+        at
     }
 
-    /// Makes writers to converted pages wait, before a fork; and lets them go on, after it.
-    pub(crate) fn hold_writers(&self, hold: bool) {
-        if let Uffds::Open(uffd) = &self.uffd {
-            for (start, end, _) in self.mapped.iter() {
-                if hold {
-                    // Where it fails, a child may see a page while it is written, no more.
-                    let _ = uffd.protect(start, end - start);
-                } else {
-                    uffd.release(start, end - start);
+    /// Closes segments of routers that are gone, if nothing shows them any more.
+    fn close_unmapped(&mut self) {
+        if self.segments.iter().any(|s| !s.alive && s.fd.is_some())
+            && let Some(all) = self.maps.as_ref().and_then(Maps::at_one_moment)
+        {
+            for segment in self.segments.iter_mut().filter(|s| !s.alive) {
+                if !all.iter().any(|vma| segment.is(vma)) {
+                    segment.fd = None;
                 }
             }
         }
@@ -377,16 +427,21 @@ impl Converter {
     /// Gives pool ranges back that no registration uses and that are mapped nowhere any more.
     /// The application may have moved a mapping (`realloc` does): all mappings are looked at.
     pub fn collect(&mut self, source: &mut dyn PageSource) {
-        let Some(maps) = &self.maps else { return };
-        let all = maps.all();
+        self.idle_at_last_collect = self.idle;
+        let all = self.maps.as_ref().and_then(Maps::at_one_moment);
+        let Some(all) = all else { return };
         for (index, segment) in self.segments.iter().enumerate().filter(|(_, s)| s.alive) {
+            // The source of another session cannot take it back.
+            let inode = |fd| rustix::fs::fstat(fd).ok().map(|stat| stat.st_ino);
+            if source.fd(segment.number).and_then(inode) != Some(segment.inode) {
+                continue;
+            }
             let users = &mut self.users[index];
             let mut unmapped = Intervals::<Users>::new();
             for (start, end, count) in users.iter().filter(|(_, _, users)| users.0 == 0) {
                 unmapped.insert(start, end, count);
             }
-            let shows = |v: &&Vma| v.inode == segment.inode && v.device == segment.device;
-            for vma in all.iter().filter(shows) {
+            for vma in all.iter().filter(|vma| segment.is(vma)) {
                 unmapped.remove(vma.offset, vma.offset + (vma.end - vma.start));
             }
             for (start, end, _) in unmapped.iter() {
@@ -400,22 +455,22 @@ impl Converter {
                 self.idle -= len.min(self.idle);
             }
         }
-        // Records of ranges that are mapped elsewhere now are of no use.
-        let stale: Vec<_> = self
-            .mapped
-            .iter()
-            .filter(|&(s, _, p)| !self.shown(&all, s, p))
-            .collect();
-        for (start, end, _) in stale {
-            self.mapped.remove(start, end);
-        }
         self.idle_at_last_collect = self.idle;
     }
+}
 
-    fn shown(&self, all: &[Vma], start: u64, place: Place) -> bool {
-        let vma = all.iter().find(|vma| (vma.start..vma.end).contains(&start));
-        vma.and_then(|vma| self.ours(vma, start)) == Some(place)
+impl Segment {
+    fn is(&self, vma: &Vma) -> bool {
+        self.inode == vma.inode && self.device == vma.device
     }
+}
+
+/// What became of a range that was to be converted.
+enum Converted {
+    /// Nothing was done: a write might be lost.
+    Unsafe,
+    /// It is converted up to this address, to pool pages from this one.
+    Until(u64, Place),
 }
 
 fn push(made: &mut Registration, start: u64, end: u64, backing: Backing) {
@@ -470,22 +525,64 @@ fn trim(pieces: &[Piece], start: u64, end: u64) -> Vec<Piece> {
         .collect()
 }
 
-/// Copies the pages that exist into the memfd. It must not allocate: see [`each_touched`].
-fn copy(fd: &OwnedFd, offset: u64, start: u64, len: u64) -> Result<(), Errno> {
-    each_touched(start, start + len, |from, to| {
-        let at = offset + (from - start);
-        // All pages at once: five times faster than one after the other.
-        rustix::fs::fallocate(fd, rustix::fs::FallocateFlags::KEEP_SIZE, at, to - from)?;
-        // SAFETY: the caller has found the range mapped and readable; other threads' writes are
-        // held, or there are no other threads. If the application unmaps it meanwhile, the system
-        // call fails.
-        let bytes = unsafe { std::slice::from_raw_parts(from as *const u8, (to - from) as usize) };
-        let mut done = 0;
-        while done < bytes.len() {
-            done += rustix::io::pwrite(fd, &bytes[done..], at + done as u64)?;
+/// Replaces one part of a range by the pages of a memfd at `offset`.
+fn replace_part(
+    uffd: Option<&Uffd>,
+    content: &Content<'_>,
+    part: &Part,
+    fd: &OwnedFd,
+    offset: u64,
+) -> Result<(), Errno> {
+    let (start, len) = (part.start, part.end - part.start);
+    let Some(uffd) = uffd else {
+        content.copy(part, fd, offset)?;
+        return map_over(fd, offset, start, len);
+    };
+    if part.pages.is_empty() {
+        uffd.hold_first_touch(start, len)?;
+        if content.is_untouched(start, part.end) == Ok(true) {
+            let moved = map_over(fd, offset, start, len);
+            match moved {
+                Ok(()) => uffd.wake(start, len),
+                Err(_) => uffd.release(start, len),
+            }
+            return moved;
         }
-        Ok(())
-    })
+        // Somebody was faster.
+        uffd.release(start, len);
+    }
+    match content {
+        Content::Anonymous(_) => uffd.hold_writers(start, len)?,
+        Content::Shared { .. } => uffd.hold_shared_writers(start, len)?,
+    }
+    let moved = content
+        .copy(part, fd, offset)
+        .and_then(|()| map_over(fd, offset, start, len));
+    match moved {
+        // The new mapping is not registered: only those who wait must be told.
+        Ok(()) => uffd.wake(start, len),
+        Err(_) => uffd.release(start, len),
+    }
+    moved
+}
+
+/// Locks in memory what was locked before its pages were replaced.
+fn keep_locked(part: &Part, from: u64, to: u64) {
+    if from >= to {
+        return;
+    }
+    // Where it fails, the pages can be swapped out: slower, no more. What was never touched is
+    // locked when it is.
+    // SAFETY: locking and reading ahead change no content.
+    unsafe {
+        let _ = mlock_with(from as *mut _, (to - from) as usize, MlockFlags::ONFAULT);
+        for &(s, e) in &part.pages {
+            let (s, e) = (s.max(from), e.min(to));
+            if s < e {
+                let _ = madvise(s as *mut _, (e - s) as usize, Advice::LinuxPopulateWrite);
+            }
+        }
+    }
 }
 
 /// Maps a part of a memfd in place of what is at an address.
@@ -510,4 +607,82 @@ fn map_over(fd: &OwnedFd, offset: u64, start: u64, len: u64) -> Result<(), Errno
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+    use super::*;
+
+    /// A pool that only grows.
+    struct Pool(OwnedFd, u64);
+
+    impl PageSource for Pool {
+        fn alloc(&mut self, len: u64) -> Result<PoolRange, Errno> {
+            let offset = self.1;
+            self.1 += len;
+            Ok(PoolRange {
+                segment: 0,
+                offset,
+                len,
+            })
+        }
+
+        fn free(&mut self, _: PoolRange) {}
+
+        fn fd(&self, _: u32) -> Option<BorrowedFd<'_>> {
+            Some(self.0.as_fd())
+        }
+    }
+
+    #[test]
+    fn kernels_that_protect_no_missing_pages_lose_no_write_either() {
+        let Some(uffd) = Uffd::without_unpopulated() else {
+            eprintln!("SKIPPED: needs userfaultfd");
+            return;
+        };
+        let mut converter = Converter::new();
+        converter.uffd = Uffds::Open(uffd);
+        let mut pool = Pool(freeflow_shm::sealed_memfd("t", 1 << 30).unwrap(), 0);
+        let len = 16 * page_size() as usize;
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        for _ in 0..100 {
+            // SAFETY: a fresh mapping at an address of the kernel's choice.
+            let addr = unsafe {
+                rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, prot, MapFlags::PRIVATE)
+            }
+            .unwrap();
+            // SAFETY: it stays mapped until the threads have ended; zeroes are atomics.
+            let words = unsafe { std::slice::from_raw_parts(addr.cast::<AtomicU64>(), len / 8) };
+            let stop = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                let writer = scope.spawn(|| {
+                    let mut turns = 0;
+                    while !stop.load(Ordering::Relaxed) || turns < 2 {
+                        turns += 1;
+                        for word in words {
+                            word.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                    turns
+                });
+                let made = converter.register(&mut pool, addr as u64, len as u64, true);
+                stop.store(true, Ordering::Relaxed);
+                let turns = writer.join().unwrap();
+                assert!(words.iter().all(|w| w.load(Ordering::Relaxed) == turns));
+                let made = made.unwrap();
+                assert!(matches!(
+                    made.pieces()[..],
+                    [Piece {
+                        backing: Backing::Pool { .. },
+                        ..
+                    }]
+                ));
+                converter.deregister(&mut pool, made);
+            });
+            // SAFETY: nobody uses it any more.
+            unsafe { munmap(addr, len).unwrap() };
+        }
+    }
 }

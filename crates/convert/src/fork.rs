@@ -3,24 +3,41 @@
 //! Before the fork, writers to converted pages are held; the child replaces each converted range
 //! by a private copy while the parent waits; then writers go on. What peers write by RDMA in
 //! that moment may or may not be in the child's copy, as with a NIC.
+//!
+//! `fork` itself takes locks after our handler (malloc's, those of streams, those of other
+//! handlers). A writer that is held may own one of them: [`Breaker`] lets it go on.
 
 use std::cell::UnsafeCell;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{MutexGuard, Once};
+use std::ffi::CString;
+use std::mem::ManuallyDrop;
+use std::ops::ControlFlow;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
-use rustix::fs::SeekFrom;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, MremapFlags, ProtFlags, mmap_anonymous, mremap_fixed};
+use rustix::mm::{
+    MapFlags, MprotectFlags, MremapFlags, ProtFlags, mmap_anonymous, mprotect, mremap_fixed,
+};
 
-use crate::converter::Converter;
-use crate::maps::{Maps, is_single_threaded};
+use crate::Locked;
+use crate::content::{GAP, each_extent};
+use crate::converter::{Converter, Uffds};
+use crate::maps::{Maps, Vma, is_single_threaded, open};
+use crate::uffd::Uffd;
 
 /// What `prepare` hands to the other two.
 struct Forking {
-    guard: MutexGuard<'static, Converter>,
+    converter: Locked,
     /// The child says that it is done by writing, or by dying.
     done: Option<(OwnedFd, OwnedFd)>,
-    held: bool,
+    /// Mappings of converted pages.
+    ours: Vec<Vma>,
+    /// While it is there, their writers are held.
+    breaker: Option<Breaker>,
 }
 
 struct Slot(UnsafeCell<Option<Forking>>);
@@ -42,18 +59,81 @@ pub(crate) fn install() {
     });
 }
 
+/// `fork` sets errno only if it fails.
+fn keeping_errno(work: impl FnOnce()) {
+    // SAFETY: libc gives the address of this thread's errno.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: as above.
+    let before = unsafe { *errno };
+    work();
+    // SAFETY: as above.
+    unsafe { *errno = before };
+}
+
 unsafe extern "C" fn prepare() {
-    let guard = crate::locked();
-    let any = !guard.segments.is_empty();
-    let done = any
-        .then(|| rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).ok())
-        .flatten();
-    let held = any && !is_single_threaded();
-    if held {
-        guard.hold_writers(true);
-    }
-    // SAFETY: see `Slot`.
-    unsafe { *FORKING.0.get() = Some(Forking { guard, done, held }) };
+    keeping_errno(|| {
+        let mut forking = Forking {
+            converter: Locked::new(),
+            done: None,
+            ours: Vec::new(),
+            breaker: None,
+        };
+        if !forking.converter.segments.is_empty() {
+            forking.done = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).ok();
+            forking.ours = mappings(&forking.converter);
+            if let Uffds::Open(uffd) = &forking.converter.uffd
+                && uffd.holds_shared()
+                && !is_single_threaded()
+            {
+                // Without it nobody is held: better a torn copy than a parent that hangs.
+                forking.breaker = Breaker::start(uffd);
+                if forking.breaker.is_some() {
+                    for vma in &forking.ours {
+                        hold(uffd, vma, &forking.converter);
+                    }
+                }
+            }
+        }
+        // SAFETY: see `Slot`.
+        unsafe { *FORKING.0.get() = Some(forking) };
+    });
+}
+
+/// All mappings of converted pages, wherever the application has moved them.
+fn mappings(converter: &Converter) -> Vec<Vma> {
+    // This process may have no descriptor left to open another one.
+    let all = converter.maps.as_ref().and_then(|maps| maps.all().ok());
+    let mut all = all.unwrap_or_default();
+    all.retain(|vma| converter.shows(vma, vma.start).is_some());
+    all
+}
+
+/// Holds the writers of a mapping, but for large untouched parts of it. Where it fails, a child may see a page while it is written, no
+/// more. Allocates nothing.
+fn hold(uffd: &Uffd, vma: &Vma, converter: &Converter) {
+    let Some(fd) = converter.memfd(vma) else {
+        return;
+    };
+    let address = |offset: u64| vma.start + (offset - vma.offset);
+    let end = vma.offset + (vma.end - vma.start);
+    // What lies between two pages that exist, if it is not too much, is held with them.
+    let mut run: Option<(u64, u64)> = None;
+    let flush = |run: Option<(u64, u64)>| {
+        if let Some((start, end)) = run {
+            let _ = uffd.hold_shared_writers(address(start), end - start);
+        }
+    };
+    let _ = each_extent(fd, vma.offset, end, |s, e| {
+        run = match run {
+            Some((start, last)) if s - last < GAP => Some((start, e)),
+            other => {
+                flush(other);
+                Some((s, e))
+            }
+        };
+        Ok(true)
+    });
+    flush(run);
 }
 
 fn take() -> Option<Forking> {
@@ -62,77 +142,254 @@ fn take() -> Option<Forking> {
 }
 
 unsafe extern "C" fn parent() {
-    let Some(Forking { guard, done, held }) = take() else {
-        return;
-    };
-    if let Some((read, write)) = done {
-        drop(write);
-        let mut byte = [0];
-        while rustix::io::read(&read, &mut byte) == Err(Errno::INTR) {}
-    }
-    if held {
-        guard.hold_writers(false);
-    }
+    keeping_errno(|| {
+        let Some(mut forking) = take() else {
+            return;
+        };
+        // Relaxed: see `watch`.
+        FORKED.store(true, Ordering::Relaxed);
+        if let Some((read, write)) = forking.done {
+            drop(write);
+            let mut byte = [0];
+            while rustix::io::read(&read, &mut byte) == Err(Errno::INTR) {}
+        }
+        if let Some(breaker) = &forking.breaker
+            && let Converter {
+                uffd: Uffds::Open(uffd),
+                maps: Some(maps),
+                ..
+            } = &mut *forking.converter
+        {
+            breaker.stop();
+            release(uffd, maps, &forking.ours);
+        }
+        if let Some(breaker) = forking.breaker {
+            breaker.join();
+        }
+    });
+}
+
+/// Lets writers go on, also where the application has unmapped a part of a mapping.
+fn release(uffd: &Uffd, maps: &mut Maps, held: &[Vma]) {
+    let mut held = held.iter().peekable();
+    maps.each(0, |vma| {
+        while held.next_if(|held| held.end <= vma.start).is_some() {}
+        for held in held.clone().take_while(|held| held.start < vma.end) {
+            let (start, end) = (vma.start.max(held.start), vma.end.min(held.end));
+            uffd.release(start, end - start);
+        }
+        ControlFlow::Continue(())
+    });
 }
 
 unsafe extern "C" fn child() {
-    let Some(Forking {
-        mut guard, done, ..
-    }) = take()
-    else {
-        return;
-    };
-    if !guard.segments.is_empty()
-        && let Ok(mut maps) = Maps::open()
-    {
-        separate(&mut maps, &guard);
-    }
-    guard.reset();
-    drop(guard);
-    if let Some((_, write)) = done {
-        let _ = rustix::io::write(&write, &[1]);
-    }
-}
-
-/// Replaces every mapping of our pages, wherever the application has moved it, by private copies.
-fn separate(maps: &mut Maps, converter: &Converter) {
-    let mut at = 0;
-    while let Some(vma) = maps.at_or_after(at) {
-        if let Some(place) = converter.shows(&vma, vma.start) {
-            let fd = &converter.segments[place.segment].fd;
-            // A failure for want of memory leaves the pages shared; a fork itself would have
-            // failed for it.
-            let _ = privatise(fd, place.offset, vma.start, vma.end - vma.start);
+    keeping_errno(|| {
+        let Some(mut forking) = take() else {
+            return;
+        };
+        // Before that, nothing may be allocated or freed: the heap may be shared.
+        separate(&forking.converter, &forking.ours);
+        if let Some((_, write)) = forking.done {
+            let _ = rustix::io::write(&write, &[1]);
         }
-        at = vma.end;
+        forking.converter.reset();
+    });
+}
+
+/// Replaces every mapping of our pages by private copies. Other threads may have moved one since
+/// the list was made: the kernel is asked, unless no descriptor is left for that.
+fn separate(converter: &Converter, ours: &[Vma]) {
+    if ours.is_empty() {
+        return;
+    }
+    let Ok(mut maps) = Maps::open() else {
+        return ours.iter().for_each(|vma| separate_one(converter, vma));
+    };
+    maps.each(0, |vma| {
+        separate_one(converter, &vma);
+        ControlFlow::Continue(())
+    });
+}
+
+fn separate_one(converter: &Converter, vma: &Vma) {
+    if let Some(fd) = converter.memfd(vma)
+        && privatise(fd, vma).is_err()
+    {
+        // For want of memory. A child that shares would corrupt its parent.
+        let size = (vma.end - vma.start) as usize;
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+        // SAFETY: it replaces our own pages, in a process of one thread.
+        let _ = unsafe { mmap_anonymous(vma.start as *mut _, size, ProtFlags::empty(), flags) };
     }
 }
 
-fn privatise(fd: &OwnedFd, offset: u64, start: u64, len: u64) -> Result<(), Errno> {
-    let size = len as usize;
-    let prot = ProtFlags::READ | ProtFlags::WRITE;
+fn privatise(fd: BorrowedFd<'_>, vma: &Vma) -> Result<(), Errno> {
+    let size = (vma.end - vma.start) as usize;
+    let both = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
     // SAFETY: a fresh mapping at an address of the kernel's choice.
-    let copy = unsafe { mmap_anonymous(std::ptr::null_mut(), size, prot, MapFlags::PRIVATE)? };
+    let copy = unsafe { mmap_anonymous(std::ptr::null_mut(), size, both, flags)? };
     // SAFETY: nobody else knows the new mapping.
     let bytes = unsafe { std::slice::from_raw_parts_mut(copy.cast::<u8>(), size) };
-    let mut at = offset;
     // What was never touched reads as zeroes in both.
-    while let Ok(data) = rustix::fs::seek(fd.as_fd(), SeekFrom::Data(at)) {
-        if data >= offset + len {
-            break;
-        }
-        let hole = rustix::fs::seek(fd.as_fd(), SeekFrom::Hole(data))?.min(offset + len);
-        let mut done = data;
-        while done < hole {
-            let part = &mut bytes[(done - offset) as usize..(hole - offset) as usize];
-            match rustix::io::pread(fd, part, done)? {
-                0 => break,
-                n => done += n as u64,
+    let offset = vma.offset;
+    let copied = each_extent(fd, offset, offset + size as u64, |data, hole| {
+        let part = &mut bytes[(data - offset) as usize..(hole - offset) as usize];
+        let mut done = 0;
+        while done < part.len() {
+            match rustix::io::pread(fd, &mut part[done..], data + done as u64)? {
+                0 => return Err(Errno::IO),
+                n => done += n,
             }
         }
-        at = hole;
+        Ok(true)
+    });
+    let mut prot = MprotectFlags::empty();
+    prot.set(MprotectFlags::READ, vma.read);
+    prot.set(MprotectFlags::WRITE, vma.write);
+    prot.set(MprotectFlags::EXEC, vma.execute);
+    // SAFETY: it changes our own mapping, which then moves over our own pages, of the same
+    // content, in a process of one thread.
+    unsafe {
+        let moved = copied
+            .and_then(|()| mprotect(copy, size, prot))
+            .and_then(|()| {
+                mremap_fixed(copy, size, size, MremapFlags::MAYMOVE, vma.start as *mut _)
+            });
+        if moved.is_err() {
+            let _ = rustix::mm::munmap(copy, size);
+        }
+        moved.map(|_| ())
     }
-    // SAFETY: it moves over our own pages, of the same content, in a process of one thread.
-    unsafe { mremap_fixed(copy, size, size, MremapFlags::MAYMOVE, start as *mut _)? };
-    Ok(())
+}
+
+/// How long a writer that is let go has for its write. If that is too short, it waits again.
+const LET_GO: Duration = Duration::from_micros(30);
+
+/// `fork` has come back in the parent.
+static FORKED: AtomicBool = AtomicBool::new(false);
+
+/// A thread that lives as long as writers are held for a fork, and lets those go on whose locks
+/// the forking thread waits for. It sleeps unless a writer waits.
+///
+/// In the child, where the thread does not exist, dropping it closes its descriptors.
+struct Breaker {
+    thread: ManuallyDrop<JoinHandle<()>>,
+    /// Tells it to end.
+    stop: OwnedFd,
+    /// It tells that it has begun, and that it has ended.
+    told: OwnedFd,
+    /// `/proc/self/task/N/stat` of the forking thread.
+    _stat: OwnedFd,
+}
+
+impl Breaker {
+    /// Starts it; from now on it allocates nothing.
+    fn start(uffd: &Uffd) -> Option<Self> {
+        let stop = eventfd(0, EventfdFlags::CLOEXEC).ok()?;
+        let told = eventfd(0, EventfdFlags::CLOEXEC).ok()?;
+        let thread = rustix::thread::gettid();
+        let path = format!("/proc/self/task/{}/stat", thread.as_raw_nonzero());
+        let stat = open(&CString::new(path).ok()?).ok()?;
+        // SAFETY: the thread uses these until it has told that it ended, for which `stop` waits
+        // before they go. The descriptors are fields of the result, and the userfaultfd is the
+        // static converter's, whose lock is held until then.
+        let (uffd, fds) = unsafe {
+            let borrow = |fd: &OwnedFd| BorrowedFd::borrow_raw(fd.as_raw_fd());
+            let uffd: &'static Uffd = &*std::ptr::from_ref(uffd);
+            (uffd, [borrow(&stop), borrow(&told), borrow(&stat)])
+        };
+        FORKED.store(false, Ordering::Relaxed);
+        let work = move || {
+            let [stop, told, stat] = fds;
+            tell(told);
+            watch(uffd, stop, stat);
+            tell(told);
+        };
+        // It inherits that all signals are blocked.
+        let thread = std::thread::Builder::new()
+            .name("freeflow-fork".into())
+            .stack_size(64 << 10)
+            .spawn(work)
+            .ok()?;
+        await_told(&told);
+        Some(Breaker {
+            thread: ManuallyDrop::new(thread),
+            stop,
+            told,
+            _stat: stat,
+        })
+    }
+
+    /// Waits until it holds and releases nobody any more.
+    fn stop(&self) {
+        tell(self.stop.as_fd());
+        await_told(&self.told);
+    }
+
+    /// Waits for its end. It may allocate by now: no writer must be held.
+    fn join(self) {
+        let _ = ManuallyDrop::into_inner(self.thread).join();
+    }
+}
+
+fn tell(event: BorrowedFd<'_>) {
+    let _ = rustix::io::write(event, &1u64.to_ne_bytes());
+}
+
+fn await_told(event: &OwnedFd) {
+    while rustix::io::read(event, &mut [0; 8]) == Err(Errno::INTR) {}
+}
+
+/// The breaker's work. Allocates nothing: writers are held.
+fn watch(uffd: &Uffd, stop: BorrowedFd<'_>, stat: BorrowedFd<'_>) {
+    let page = crate::page_size();
+    let mut waiters = [0; 64];
+    let mut count = 0;
+    loop {
+        // While somebody waits, look again soon whether the forking thread does.
+        let soon = Timespec {
+            tv_sec: 0,
+            tv_nsec: 100_000,
+        };
+        let mut fds = [
+            PollFd::new(&stop, PollFlags::IN),
+            PollFd::new(uffd, PollFlags::IN),
+        ];
+        let timeout = (count > 0).then_some(&soon);
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(_) => return,
+        }
+        if !fds[0].revents().is_empty() {
+            return;
+        }
+        while let Some(place) = waiters.get_mut(count)
+            && let Some(address) = uffd.next_waiter()
+        {
+            *place = address;
+            count += 1;
+        }
+        // Relaxed: a thread that was seen asleep after it had stored is seen to have stored, as
+        // the kernel's run queue lock lies between. Then it sleeps for the child, not for a lock.
+        if count > 0 && sleeps(stat) && !FORKED.load(Ordering::Relaxed) {
+            for &address in &waiters[..count] {
+                uffd.release(address, page);
+            }
+            std::thread::sleep(LET_GO);
+            for &address in &waiters[..count] {
+                let _ = uffd.hold_shared_writers(address, page);
+            }
+            count = 0;
+        }
+    }
+}
+
+/// Whether a thread sleeps, by its `stat` file (proc_pid_stat(5)).
+fn sleeps(stat: BorrowedFd<'_>) -> bool {
+    let mut buffer = [0; 128];
+    let n = rustix::io::pread(stat, &mut buffer, 0).unwrap_or(0);
+    let text = &buffer[..n];
+    let after_name = text.iter().rposition(|&b| b == b')');
+    after_name.and_then(|at| text.get(at + 2)) == Some(&b'S')
 }

@@ -1,8 +1,10 @@
-//! What is mapped where in this process, and which of its pages exist.
+//! What is mapped where in this process.
+//!
+//! Nothing here allocates unless it says so: it is used while other threads are held, which may
+//! hold the allocator's locks, and in children of `fork` that still share pages with their parent.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader};
-use std::os::fd::AsRawFd;
+use std::ops::ControlFlow;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -21,8 +23,6 @@ pub(crate) struct Vma {
     pub(crate) write: bool,
     pub(crate) execute: bool,
     pub(crate) shared: bool,
-    /// Pages are of the ordinary size (not known from the text form: taken to be).
-    pub(crate) small_pages: bool,
 }
 
 /// `struct procmap_query` of `<linux/fs.h>` (Linux 6.11).
@@ -52,66 +52,152 @@ const COVERING_OR_NEXT: u64 = 0x10;
 /// The process's memory map.
 #[derive(Debug)]
 pub(crate) struct Maps {
-    file: File,
+    file: OwnedFd,
     /// Whether the kernel answers single questions.
     query: bool,
 }
 
+pub(crate) fn open(path: &std::ffi::CStr) -> Result<OwnedFd, Errno> {
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+}
+
 impl Maps {
     pub(crate) fn open() -> Result<Self, Errno> {
-        let file = File::open("/proc/self/maps")
-            .map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))?;
+        let file = open(c"/proc/self/maps")?;
         Ok(Maps { file, query: true })
     }
 
     /// The mapping that contains `addr`, or the next one after it.
     pub(crate) fn at_or_after(&mut self, addr: u64) -> Option<Vma> {
-        if self.query {
-            let mut q = ProcmapQuery {
-                size: size_of::<ProcmapQuery>() as u64,
-                query_flags: COVERING_OR_NEXT,
-                query_addr: addr,
-                ..ProcmapQuery::default()
-            };
-            // SAFETY: the kernel reads and writes the structure whose size it is told.
-            let done = unsafe { libc::ioctl(self.file.as_raw_fd(), PROCMAP_QUERY, &mut q) };
-            if done == 0 {
-                return Some(Vma {
-                    start: q.vma_start,
-                    end: q.vma_end,
-                    offset: q.vma_offset,
-                    inode: q.inode,
-                    device: (q.dev_major, q.dev_minor),
-                    read: q.vma_flags & 1 != 0,
-                    write: q.vma_flags & 2 != 0,
-                    execute: q.vma_flags & 4 != 0,
-                    shared: q.vma_flags & 8 != 0,
-                    small_pages: q.vma_page_size == page_size(),
-                });
-            }
-            // SAFETY: libc gives the address of this thread's errno.
-            if unsafe { *libc::__errno_location() } == libc::ENOENT {
-                return None;
-            }
-            self.query = false;
-        }
-        self.all().into_iter().find(|vma| vma.end > addr)
+        let mut found = None;
+        self.each(addr, |vma| {
+            found = Some(vma);
+            ControlFlow::Break(())
+        });
+        found
     }
 
-    /// All mappings.
-    pub(crate) fn all(&self) -> Vec<Vma> {
-        let Ok(file) = File::open("/proc/self/maps") else {
-            return Vec::new();
+    /// Calls `each` with the mappings that contain `addr` or come after it, in order.
+    pub(crate) fn each(&mut self, addr: u64, mut each: impl FnMut(Vma) -> ControlFlow<()>) {
+        let mut at = addr;
+        while self.query {
+            match self.ask(at) {
+                Ok(vma) => {
+                    at = vma.end;
+                    if each(vma).is_break() {
+                        return;
+                    }
+                }
+                Err(Errno::NOENT) => return,
+                Err(_) => self.query = false,
+            }
+        }
+        let _ = each_line(self.file.as_fd(), |line| match parse(line) {
+            Some(vma) if vma.end > at => each(vma),
+            _ => ControlFlow::Continue(()),
+        });
+    }
+
+    fn ask(&self, addr: u64) -> Result<Vma, Errno> {
+        let mut q = ProcmapQuery {
+            size: size_of::<ProcmapQuery>() as u64,
+            query_flags: COVERING_OR_NEXT,
+            query_addr: addr,
+            ..ProcmapQuery::default()
         };
-        BufReader::new(file)
-            .lines()
-            .map_while(Result::ok)
-            .filter_map(|l| parse(&l))
-            .collect()
+        // SAFETY: the kernel reads and writes the structure whose size it is told.
+        let done = unsafe { libc::ioctl(self.file.as_raw_fd(), PROCMAP_QUERY, &mut q) };
+        if done != 0 {
+            // SAFETY: libc gives the address of this thread's errno.
+            return Err(Errno::from_raw_os_error(unsafe {
+                *libc::__errno_location()
+            }));
+        }
+        Ok(Vma {
+            start: q.vma_start,
+            end: q.vma_end,
+            offset: q.vma_offset,
+            inode: q.inode,
+            device: (q.dev_major, q.dev_minor),
+            read: q.vma_flags & 1 != 0,
+            write: q.vma_flags & 2 != 0,
+            execute: q.vma_flags & 4 != 0,
+            shared: q.vma_flags & 8 != 0,
+        })
+    }
+
+    /// All mappings, as they were at one moment; `None` if others change them all the time.
+    /// Allocates.
+    pub(crate) fn at_one_moment(&self) -> Option<Vec<Vma>> {
+        // They are not read at once: one that moves meanwhile may be missing. Then the sum of
+        // their sizes is not the process's size.
+        (0..8).find_map(|_| {
+            let before = mapped_bytes()?;
+            let all = self.all().ok()?;
+            let sum: u64 = all
+                .iter()
+                .filter(|vma| vma.start < KERNEL)
+                .map(|vma| vma.end - vma.start)
+                .sum();
+            (before == sum && mapped_bytes()? == sum).then_some(all)
+        })
+    }
+
+    /// All mappings. Allocates.
+    pub(crate) fn all(&self) -> Result<Vec<Vma>, Errno> {
+        let mut all = Vec::new();
+        each_line(self.file.as_fd(), |line| {
+            all.extend(parse(line));
+            ControlFlow::Continue(())
+        })?;
+        Ok(all)
     }
 }
 
-fn parse(line: &str) -> Option<Vma> {
+/// Above it is the kernel's half of the address space, of which the map shows a page.
+const KERNEL: u64 = 1 << 63;
+
+/// Bytes that are mapped, by proc_pid_statm(5).
+fn mapped_bytes() -> Option<u64> {
+    let mut text = [0; 64];
+    let n = rustix::io::pread(open(c"/proc/self/statm").ok()?, &mut text, 0).ok()?;
+    let pages = text[..n].split(|&b| b == b' ').next()?;
+    let pages: u64 = std::str::from_utf8(pages).ok()?.parse().ok()?;
+    Some(pages * page_size())
+}
+
+/// Calls `each` with the beginning of every line of a file.
+fn each_line(
+    file: BorrowedFd<'_>,
+    mut each: impl FnMut(&[u8]) -> ControlFlow<()>,
+) -> Result<(), Errno> {
+    let mut at = 0;
+    let mut buffer = [0; 4096];
+    let mut line = [0; 128];
+    let mut len = 0;
+    loop {
+        let n = rustix::io::pread(file, &mut buffer, at)?;
+        at += n as u64;
+        for &byte in &buffer[..n] {
+            if byte == b'\n' {
+                if each(&line[..len]).is_break() {
+                    return Ok(());
+                }
+                len = 0;
+            } else if let Some(place) = line.get_mut(len) {
+                *place = byte;
+                len += 1;
+            }
+        }
+        if n == 0 {
+            return Ok(());
+        }
+    }
+}
+
+fn parse(line: &[u8]) -> Option<Vma> {
+    // A name that is not of UTF-8 comes after all that matters.
+    let line = line.utf8_chunks().next().map_or("", |chunk| chunk.valid());
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
     let flags = fields.next()?.as_bytes();
@@ -128,119 +214,106 @@ fn parse(line: &str) -> Option<Vma> {
         write: flags.get(1) == Some(&b'w'),
         execute: flags.get(2) == Some(&b'x'),
         shared: flags.get(3) == Some(&b's'),
-        small_pages: !fields.next().unwrap_or_default().contains("hugepage"),
     })
 }
 
-/// Whether a mapping holds the main thread's stack, which grows (the kernel put the auxiliary
-/// vector's random bytes on it), or this thread's, which cannot be held while it copies itself.
-pub(crate) fn holds_stack(vma: &Vma) -> bool {
+/// Where the part of a mapping ends that holds stacks. They are never converted: the kernel
+/// writes there (signal frames, rseq, the word that `pthread_join` waits for), and a child of
+/// `fork` runs on one before any handler does. Allocates.
+pub(crate) fn stack_end(vma: &Vma) -> Option<u64> {
     let here = 0u8;
+    // The kernel put the auxiliary vector's random bytes on the main thread's stack.
     // SAFETY: it reads the auxiliary vector.
     let main = unsafe { libc::getauxval(libc::AT_RANDOM) };
     let range = vma.start..vma.end;
-    range.contains(&main) || range.contains(&(std::ptr::from_ref(&here) as u64))
+    if range.contains(&main) || range.contains(&(std::ptr::from_ref(&here) as u64)) {
+        return Some(vma.end);
+    }
+    // glibc puts a thread's control block, with the list of its robust mutexes, on the last page
+    // of its stack. What follows that page may be other memory: before Linux 6.7, the kernel
+    // merges it with the stack's mapping.
+    let list = |thread: libc::pid_t| {
+        let mut head = 0u64;
+        let mut len = 0usize;
+        let thread = libc::c_long::from(thread);
+        // SAFETY: the kernel writes a pointer and a size.
+        let got = unsafe { libc::syscall(libc::SYS_get_robust_list, thread, &mut head, &mut len) };
+        (got == 0).then_some(head)
+    };
+    let tasks = std::fs::read_dir("/proc/self/task").ok()?;
+    let threads = tasks.filter_map(|t| t.ok()?.file_name().to_str()?.parse::<libc::pid_t>().ok());
+    threads
+        .filter_map(list)
+        .filter(|head| range.contains(head))
+        .map(|head| (head + 1).next_multiple_of(page_size()))
+        .max()
+}
+
+/// Where glibc puts the heaps of its arenas (`HEAP_MAX_SIZE`).
+const ARENA_ALIGN: u64 = 64 << 20;
+
+/// Whether a mapping begins with the head of a malloc arena of glibc. In a child, `fork` itself
+/// writes there, before any handler runs. The mapping must be readable.
+pub(crate) fn begins_with_arena(vma: &Vma) -> bool {
+    if !vma.start.is_multiple_of(ARENA_ALIGN) {
+        return false;
+    }
+    // SAFETY: the caller has found it mapped and readable, and the application is about to
+    // register it.
+    let arena = unsafe { std::ptr::read_volatile(vma.start as *const u64) };
+    // `heap_info.ar_ptr` of an arena's first heap points right behind the `heap_info`.
+    (vma.start + 1..vma.start + 256).contains(&arena)
 }
 
 /// Whether this is the only thread of the process.
 pub(crate) fn is_single_threaded() -> bool {
     // Two links are the directory itself.
-    rustix::fs::stat("/proc/self/task").is_ok_and(|stat| stat.st_nlink == 3)
+    rustix::fs::stat(c"/proc/self/task").is_ok_and(|stat| stat.st_nlink == 3)
 }
 
-/// `struct pm_scan_arg` of `<linux/fs.h>` (Linux 6.7).
-#[repr(C)]
-#[derive(Default)]
-struct PagemapScan {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct PageRegion {
-    start: u64,
-    end: u64,
-    categories: u64,
-}
-
-const PAGEMAP_SCAN: libc::c_ulong = 0xC060_6610;
-const PRESENT: u64 = 1 << 3;
-const SWAPPED: u64 = 1 << 4;
-const ZERO: u64 = 1 << 5;
-
-/// Calls `each` with the parts of a range of private memory that were ever written. Where the
-/// kernel cannot tell, that is the whole range.
-///
-/// It allocates nothing: the range may hold the allocator's own records, which must not change
-/// while they are copied.
-pub(crate) fn each_touched(
-    start: u64,
-    end: u64,
-    mut each: impl FnMut(u64, u64) -> Result<(), Errno>,
-) -> Result<(), Errno> {
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-    let Ok(pagemap) = rustix::fs::open(c"/proc/self/pagemap", flags, Mode::empty()) else {
-        return each(start, end);
+/// The parts of a range that are locked in memory. Allocates.
+pub(crate) fn locked(start: u64, end: u64) -> Vec<(u64, u64)> {
+    let mut parts = Vec::new();
+    let mut any = false;
+    let Ok(status) = open(c"/proc/self/status") else {
+        return parts;
     };
-    // Write-protection of a page that does not exist looks like a swapped page.
-    let wanted = if is_swapping() {
-        PRESENT | SWAPPED
-    } else {
-        PRESENT
-    };
-    let mut regions = [PageRegion::default(); 64];
-    let mut at = start;
-    while at < end {
-        let mut arg = PagemapScan {
-            size: size_of::<PagemapScan>() as u64,
-            start: at,
-            end,
-            vec: regions.as_mut_ptr() as u64,
-            vec_len: regions.len() as u64,
-            category_inverted: ZERO,
-            category_mask: ZERO,
-            category_anyof_mask: wanted,
-            return_mask: wanted,
-            ..PagemapScan::default()
-        };
-        // SAFETY: the kernel reads and writes the structure whose size it is told, and writes at
-        // most `vec_len` regions.
-        let n = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &mut arg) };
-        let found = usize::try_from(n).ok().and_then(|n| regions.get(..n));
-        let Some(found) = found.filter(|_| arg.walk_end > at) else {
-            return each(at, end);
-        };
-        for region in found {
-            each(region.start, region.end)?;
+    // The long way only for those who use `mlock` at all.
+    let looked = each_line(status.as_fd(), |line| {
+        any = line.starts_with(b"VmLck:") && line != b"VmLck:\t       0 kB";
+        if any {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
         }
-        at = arg.walk_end;
+    });
+    if looked.is_err() || !any {
+        return parts;
     }
-    Ok(())
-}
-
-/// Whether any page of the process is swapped out, or it cannot be told. Allocates nothing.
-fn is_swapping() -> bool {
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-    let Ok(status) = rustix::fs::open(c"/proc/self/status", flags, Mode::empty()) else {
-        return true;
+    let Ok(smaps) = open(c"/proc/self/smaps") else {
+        return parts;
     };
-    let mut buffer = [0; 4096];
-    let Ok(n) = rustix::io::read(&status, &mut buffer) else {
-        return true;
-    };
-    const NONE: &[u8] = b"VmSwap:\t       0 kB";
-    !buffer[..n].windows(NONE.len()).any(|window| window == NONE)
+    let mut current = None;
+    let _ = each_line(smaps.as_fd(), |line| {
+        if let Some(flags) = line.strip_prefix(b"VmFlags:") {
+            if let Some(Vma {
+                start: s, end: e, ..
+            }) = current
+                && s < end
+                && e > start
+                && flags.split(|&b| b == b' ').any(|flag| flag == b"lo")
+            {
+                parts.push((start.max(s), end.min(e)));
+            }
+        } else if let Some(vma) = parse(line) {
+            current = Some(vma);
+            if vma.start >= end {
+                return ControlFlow::Break(());
+            }
+        }
+        ControlFlow::Continue(())
+    });
+    parts
 }
 
 #[cfg(test)]
@@ -260,23 +333,14 @@ mod tests {
         .at_or_after(addr)
         .unwrap();
         assert_eq!(asked, listed);
+        assert!(maps.all().unwrap().contains(&asked));
         assert!(asked.start <= addr && addr < asked.end && asked.write && !asked.shared);
         assert!(maps.at_or_after(u64::MAX - 8191).is_none());
     }
 
     #[test]
-    fn the_kernel_says_whether_pages_are_swapped() {
-        let status = std::fs::read_to_string("/proc/self/status").unwrap();
-        let line = status
-            .lines()
-            .find(|line| line.starts_with("VmSwap:"))
-            .unwrap();
-        assert_eq!(is_swapping(), !line.ends_with(" 0 kB"), "{line}");
-    }
-
-    #[test]
     fn lines_are_parsed() {
-        let line = "7f00-7fff rw-s 00001000 00:1a 77 /memfd:x (deleted)";
+        let line = b"7f00-7fff rw-s 00001000 00:1a 77 /memfd:\xff (deleted)";
         let vma = parse(line).unwrap();
         assert_eq!(
             (vma.start, vma.end, vma.offset, vma.inode),
@@ -284,6 +348,29 @@ mod tests {
         );
         assert_eq!(vma.device, (0, 0x1a));
         assert!(vma.read && vma.write && vma.shared && !vma.execute);
-        assert_eq!(parse("nonsense"), None);
+        assert_eq!(parse(b"nonsense"), None);
+        assert_eq!(parse(b"Size:                4 kB"), None);
+    }
+
+    #[test]
+    fn other_threads_stacks_are_known() {
+        let (tell, told) = std::sync::mpsc::channel();
+        let (stop, stopped) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            let here = 0u8;
+            tell.send(std::ptr::from_ref(&here) as u64).unwrap();
+            let _ = stopped.recv();
+        });
+        let addr = told.recv().unwrap();
+        let vma = Maps::open().unwrap().at_or_after(addr).unwrap();
+        assert!(stack_end(&vma).is_some_and(|end| end > addr));
+        drop(stop);
+        thread.join().unwrap();
+        let heap = vec![0u8; 64 << 20];
+        let vma = Maps::open()
+            .unwrap()
+            .at_or_after(heap.as_ptr() as u64 + 4096)
+            .unwrap();
+        assert!(stack_end(&vma).is_none_or(|end| end <= heap.as_ptr() as u64 + 4096));
     }
 }
