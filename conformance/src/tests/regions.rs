@@ -383,8 +383,15 @@ fn advise(env: &Env) -> Outcome {
     let Some(advise) = operation!(end.ctx.ptr, advise_mr) else {
         skip!("device does not offer advice");
     };
-    let sge = end.sge(0, 4096);
-    let mut list = ibv_sge { addr: sge.addr, length: sge.length, lkey: sge.lkey };
+    // Prefetching is for regions on demand alone.
+    let buf = Arc::new(Buf::new(4096)?);
+    let access = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_ON_DEMAND;
+    let mr = match Mr::register(&end.pd, &buf, 0, 4096, access) {
+        Ok(mr) => mr,
+        Err(libc::EOPNOTSUPP) => skip!("device does not offer on-demand regions"),
+        Err(errno) => fail!("ibv_reg_mr: {}", name_of(errno)),
+    };
+    let mut list = ibv_sge { addr: mr.base, length: 4096, lkey: mr.lkey() };
     // SAFETY: the library's own operation on its live domain, with one element.
     let got = unsafe { advise(end.pd.ptr, IBV_ADVISE_MR_ADVICE_PREFETCH, 0, &mut list, 1) };
     if got == libc::EOPNOTSUPP {
