@@ -1,4 +1,4 @@
-// One case of the memory verbs per run: `memory_verbs CASE`. Two queue pairs of one process,
+// One case of the memory verbs, and of the memory behind them, per run: `memory_verbs CASE`. Two queue pairs of one process,
 // connected to each other, are requester (a) and responder (b).
 
 #define _GNU_SOURCE
@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <infiniband/verbs.h>
+#include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -1165,6 +1166,28 @@ static void case_buffers(void)
 	CHECK(!alloc_buf(b.pd, SIZE_MAX, &handle));
 }
 
+// ---------------------------------------------------------------- rings and threads
+
+enum { THREADS = 16, QUEUES = 40 };
+
+static void *make_queues(void *unused)
+{
+	// Large ones: every fourth begins a new piece of the memory that rings are in.
+	for (int i = 0; i < QUEUES; i++)
+		CHECK(ibv_create_cq(ctx, 65536, NULL, NULL, 0));
+	return unused;
+}
+
+static void case_rings_made_by_threads(void)
+{
+	pthread_t threads[THREADS];
+	open_device();
+	for (int i = 0; i < THREADS; i++)
+		CHECK(pthread_create(&threads[i], NULL, make_queues, NULL) == 0);
+	for (int i = 0; i < THREADS; i++)
+		CHECK(pthread_join(threads[i], NULL) == 0);
+}
+
 // ---------------------------------------------------------------- what the device says
 
 static void case_capabilities(void)
@@ -1207,6 +1230,7 @@ static const struct {
 	{ "on_demand", case_on_demand },
 	{ "device_memory", case_device_memory },
 	{ "buffers", case_buffers },
+	{ "rings_made_by_threads", case_rings_made_by_threads },
 	{ "capabilities", case_capabilities },
 };
 

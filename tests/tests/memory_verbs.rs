@@ -17,7 +17,7 @@ fn program() -> &'static Path {
         gcc.args(["-O1", "-g", "-Wall", "-Wextra", "-Werror", "-o"])
             .arg(&program)
             .arg(source)
-            .args(["-libverbs", "-ldl"]);
+            .args(["-libverbs", "-ldl", "-lpthread"]);
         Running::start(&mut gcc)
             .and_then(|gcc| gcc.wait(DEADLINE)?.success())
             .expect("the program compiles");
@@ -56,5 +56,5 @@ macro_rules! cases {
 
 cases! {
     rereg window_type_1 window_type_2 windows_over_xrc bind_errors extended_posting atomic_write zero_based
-    null_region on_demand device_memory buffers capabilities
+    null_region on_demand device_memory buffers rings_made_by_threads capabilities
 }

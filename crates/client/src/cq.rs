@@ -139,10 +139,9 @@ impl Context {
             channel: channel.map(|c| c.handle),
             comp_vector,
         });
-        let (Reply::Cq(made), fds) = session.call(&request)? else {
+        let (Reply::Cq(made), Some(region)) = session.call_for_ring(&request)? else {
             return Err(Errno::PROTO);
         };
-        let region = session.ring(&made.ring, fds)?;
         let cq = Arc::new(Cq {
             session: session.clone(),
             handle: made.cq,
@@ -323,10 +322,10 @@ impl Cq {
         };
         // Nobody polls or arms the old ring while the router changes over.
         let mut poller = unpoisoned(&self.poller);
-        let (Reply::Cq(made), fds) = self.session.call(&request)? else {
+        let (Reply::Cq(made), Some(region)) = self.session.call_for_ring(&request)? else {
             return Err(Errno::PROTO);
         };
-        let mut new = Poller::new(self.session.ring(&made.ring, fds)?, made.entries)?;
+        let mut new = Poller::new(region, made.entries)?;
         let produced = poller.ring().ok_or(Errno::IO)?.produced();
         while let Some(entry) = poller.next(produced) {
             new.carried.push_back(entry);

@@ -174,10 +174,9 @@ impl Pd {
             cap,
             sq_sig_all: init.sq_sig_all,
         });
-        let (Reply::Qp(made), fds) = session.call(&request)? else {
+        let (Reply::Qp(made), Some(region)) = session.call_for_ring(&request)? else {
             return Err(Errno::PROTO);
         };
-        let region = session.ring(&made.ring, fds)?;
         let geometry = QpGeometry::new(
             cap.max_send_wr,
             cap.max_recv_wr,

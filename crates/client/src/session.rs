@@ -156,13 +156,27 @@ impl Session {
         }
     }
 
-    /// The memory of a ring that the router has made.
-    pub(crate) fn ring(&self, at: &RingLocation, fds: Vec<OwnedFd>) -> Result<Region, Errno> {
+    /// As [`Self::call`], of a request that makes or moves a ring: with the ring's memory, if the
+    /// answer names one.
+    pub(crate) fn call_for_ring(
+        &self,
+        request: &Request,
+    ) -> Result<(Reply, Option<Region>), Errno> {
+        // Held over the call: the router shows a slab once, and whoever else is given a ring in it
+        // must find it.
         let mut slabs = unpoisoned(&self.slabs);
+        let (reply, fds) = self.call(request)?;
+        let at = match &reply {
+            Reply::Cq(made) => &made.ring,
+            Reply::Qp(made) => &made.ring,
+            Reply::Srq(made) => &made.ring,
+            _ => return Ok((reply, None)),
+        };
         if let Some(fd) = fds.first() {
             slabs.insert(at.slab, map_slab(fd, at)?);
         }
-        region(slabs.get(&at.slab).ok_or(Errno::PROTO)?, at)
+        let region = region(slabs.get(&at.slab).ok_or(Errno::PROTO)?, at)?;
+        Ok((reply, Some(region)))
     }
 
     /// Tells the router that a queue pair has new work.

@@ -83,10 +83,9 @@ impl Pd {
                 cq: cq.handle,
             }),
         });
-        let (Reply::Srq(made), fds) = session.call(&request)? else {
+        let (Reply::Srq(made), Some(region)) = session.call_for_ring(&request)? else {
             return Err(Errno::PROTO);
         };
-        let region = session.ring(&made.ring, fds)?;
         let srq = Arc::new(Srq {
             session: session.clone(),
             handle: made.srq,
@@ -139,8 +138,7 @@ impl Srq {
         let mut posted = unpoisoned(&self.posted);
         let srq = self.handle;
         let request = Request::ModifySrq(ModifySrq { srq, max_wr, limit });
-        if let (Reply::Srq(made), fds) = self.session.call(&request)? {
-            let region = self.session.ring(&made.ring, fds)?;
+        if let (Reply::Srq(made), Some(region)) = self.session.call_for_ring(&request)? {
             *posted = Posted::new(&made, region, posted.next)?;
         }
         Ok(())
