@@ -69,7 +69,7 @@ struct Poller {
     entries: u32,
     consumed: u64,
     empty: u32,
-    /// What was left in the ring before it was resized.
+    /// What was in the ring when it was resized, or cleared of a queue pair's completions.
     carried: VecDeque<CompletionEntry>,
 }
 
@@ -89,21 +89,17 @@ impl Poller {
         CqRing::new(self.region.words(), self.entries)
     }
 
-    /// The next completion; void ones are skipped.
+    /// The next completion.
     fn next(&mut self, produced: u64) -> Option<CompletionEntry> {
-        while let Some(entry) = self.carried.pop_front() {
-            if !entry.void {
-                return Some(entry);
-            }
+        if let Some(entry) = self.carried.pop_front() {
+            return Some(entry);
         }
-        while self.consumed != produced {
-            let entry = self.ring()?.read(self.consumed);
-            self.consumed += 1;
-            if !entry.void {
-                return Some(entry);
-            }
+        if self.consumed == produced {
+            return None;
         }
-        None
+        let entry = self.ring()?.read(self.consumed);
+        self.consumed = self.consumed.wrapping_add(1);
+        Some(entry)
     }
 }
 
@@ -260,34 +256,36 @@ impl Cq {
         n
     }
 
-    /// A queue pair is destroyed or reset: its completions that were not polled are void.
+    /// A queue pair is destroyed or reset: its completions that were not polled are gone.
     pub(crate) fn purge(&self, slot: u32, qpn: u32) {
         // Its receives from a shared queue carry no slot; its number is nobody else's.
-        self.void(|entry| {
+        self.drop_if(|entry| {
             entry.qpn == qpn && (entry.slot == slot || entry.slot == CompletionEntry::SHARED)
         });
     }
 
     /// As [`Self::purge`], for a shared receive queue of XRC.
     pub(crate) fn purge_srq(&self, srq: Handle) {
-        self.void(|entry| {
+        self.drop_if(|entry| {
             entry.slot == CompletionEntry::SHARED && entry.retired == u64::from(srq.0)
         });
     }
 
-    fn void(&self, is_gone: impl Fn(&CompletionEntry) -> bool) {
+    /// Drops completions. The others move to our side of the ring, so that those that are dropped
+    /// take none of its room either.
+    fn drop_if(&self, is_gone: impl Fn(&CompletionEntry) -> bool) {
         let mut poller = unpoisoned(&self.poller);
-        for entry in &mut poller.carried {
-            entry.void |= is_gone(entry);
-        }
+        poller.carried.retain(|entry| !is_gone(entry));
         let Some(ring) = poller.ring() else { return };
-        let mut at = poller.consumed;
-        let end = ring.produced();
-        while at != end {
-            if is_gone(&ring.read(at)) {
-                ring.void(at);
-            }
-            at += 1;
+        let (start, end) = (poller.consumed, ring.produced());
+        let entries: Vec<_> = (0..end.wrapping_sub(start))
+            .map(|n| ring.read(start.wrapping_add(n)))
+            .collect();
+        if entries.iter().any(&is_gone) {
+            ring.consume(end);
+            poller.consumed = end;
+            let kept = entries.into_iter().filter(|entry| !is_gone(entry));
+            poller.carried.extend(kept);
         }
     }
 

@@ -106,11 +106,6 @@ impl<'a> CqRing<'a> {
         CompletionEntry::load(self.slot(index))
     }
 
-    /// Library: marks an entry that it has not consumed as void (its queue pair is destroyed).
-    pub fn void(&self, index: u64) {
-        CompletionEntry::set_void(self.slot(index));
-    }
-
     /// Library: hands back all entries below `index`.
     pub fn consume(&self, index: u64) {
         // Release: the entries were read before (edge: `is_full`).

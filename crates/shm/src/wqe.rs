@@ -323,8 +323,6 @@ pub struct CompletionEntry {
     pub retired: u64,
     /// Nanoseconds of the monotonic clock.
     pub timestamp: u64,
-    /// The queue pair is gone; to be skipped.
-    pub void: bool,
 }
 
 impl CompletionEntry {
@@ -346,7 +344,6 @@ impl CompletionEntry {
         store(words, 4, pair(self.slot, u32::from(self.is_send)));
         store(words, 5, self.retired);
         store(words, 6, self.timestamp);
-        store(words, 7, u64::from(self.void));
     }
 
     pub(crate) fn load(words: &[AtomicU64]) -> Self {
@@ -371,12 +368,7 @@ impl CompletionEntry {
             is_send: high(slot) != 0,
             retired: load(words, 5),
             timestamp: load(words, 6),
-            void: load(words, 7) != 0,
         }
-    }
-
-    pub(crate) fn set_void(words: &[AtomicU64]) {
-        store(words, 7, 1);
     }
 }
 
@@ -463,11 +455,9 @@ mod tests {
             let words = words(8);
             let entry = CompletionEntry { wr_id, status: kind[0], opcode: kind[1],
                 wc_flags: kind[2], sl: kind[3], vendor_err, byte_len, imm, qpn, src_qp, slot,
-                is_send, retired, timestamp: 9, void: false };
+                is_send, retired, timestamp: 9 };
             entry.store(&words);
             prop_assert_eq!(CompletionEntry::load(&words), entry);
-            CompletionEntry::set_void(&words);
-            prop_assert!(CompletionEntry::load(&words).void);
         }
     }
 
