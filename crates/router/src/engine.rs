@@ -5,6 +5,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use freeflow_session::{Event, Handle};
@@ -53,6 +54,7 @@ pub(crate) struct Engine {
     /// Nanoseconds that a session is watched after its last work.
     pub(crate) spin: u64,
     pub(crate) opener: Opener,
+    pub(crate) doorbells: Arc<OwnedFd>,
     pub(crate) tenants: FxHashMap<String, TenantId>,
     pub(crate) endpoints: Table<Endpoint>,
     pub(crate) by_gid: FxHashMap<(TenantId, Gid), Handle>,
@@ -86,11 +88,18 @@ pub(crate) struct Engine {
 }
 
 impl Engine {
-    pub(crate) fn new(limits: DeviceLimits, spin: u64, opener: Opener) -> Self {
+    /// `doorbells` is the epoll set of the thread that polls.
+    pub(crate) fn new(
+        limits: DeviceLimits,
+        spin: u64,
+        opener: Opener,
+        doorbells: Arc<OwnedFd>,
+    ) -> Self {
         Engine {
             limits,
             spin,
             opener,
+            doorbells,
             tenants: FxHashMap::default(),
             endpoints: Table::default(),
             by_gid: FxHashMap::default(),
@@ -395,7 +404,7 @@ impl Engine {
         }
     }
 
-    fn send_event(&mut self, session: Handle, socket: Arc<std::os::fd::OwnedFd>, event: Event) {
+    fn send_event(&mut self, session: Handle, socket: Arc<OwnedFd>, event: Event) {
         let Some(s) = self.sessions.get_mut(session) else {
             return;
         };
@@ -431,7 +440,7 @@ impl Engine {
 }
 
 /// Sends without blocking; false if there is no room. A reader that is gone wants no event.
-fn send(socket: &std::os::fd::OwnedFd, bytes: &[u8]) -> bool {
+fn send(socket: &OwnedFd, bytes: &[u8]) -> bool {
     use rustix::io::Errno;
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     !matches!(

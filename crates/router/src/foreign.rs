@@ -19,6 +19,10 @@ impl ForeignMemory {
     /// opened before that is bound to the old address space; what was opened after it belongs to
     /// the new user, which the second look at the owner shows.
     pub(crate) fn open(pid: u32, uid: u32) -> Result<Self, Errno> {
+        if pid == 0 {
+            // Not in our process id namespace.
+            return Err(Errno::SRCH);
+        }
         let path = format!("/proc/{pid}/mem");
         let errno = |e: std::io::Error| Errno::from_io_error(&e).unwrap_or(Errno::IO);
         let file = File::options()

@@ -10,6 +10,7 @@
 
 mod admin;
 mod bridges;
+mod connections;
 mod control;
 mod data;
 mod engine;
@@ -26,6 +27,7 @@ mod receive;
 mod regions;
 mod sandbox;
 mod serve;
+mod server;
 mod srq;
 #[cfg(test)]
 mod srq_tests;
@@ -53,7 +55,8 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::foreign::Opener;
-use crate::serve::{Listeners, Server, Shared};
+use crate::serve::Shared;
+use crate::server::{Listeners, Server};
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 128;

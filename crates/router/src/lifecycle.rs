@@ -1,18 +1,18 @@
 //! Endpoints and sessions: how they begin and end.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use freeflow_session::Handle;
+use freeflow_session::{Handle, Welcome};
 use freeflow_shm::{DirtyMap, Doorbell, Region};
 use freeflow_types::{Gid, TenantId};
 use rustix::io::Errno;
 
 use crate::engine::Engine;
 use crate::memory::Areas;
-use crate::objects::{Counts, Endpoint, Peer, Session, bytes_of_words};
+use crate::objects::{Counts, Endpoint, Peer, Session, Watched, bytes_of_words};
 use crate::{EndReason, EndpointSpec, RouterError};
 
 /// Sessions that ended and are still told of in the status.
@@ -77,13 +77,15 @@ impl Engine {
         }
     }
 
-    /// Begins a session.
+    /// Begins a session: its handle, what it is told, and the descriptors beside that: the
+    /// doorbell and the first slab. ENODEV: the endpoint is gone.
     pub(crate) fn begin_session(
         &mut self,
         endpoint: Handle,
         peer: Peer,
         socket: Arc<OwnedFd>,
-    ) -> Result<Handle, Errno> {
+    ) -> Result<(Handle, Welcome, Vec<Arc<OwnedFd>>), Errno> {
+        self.endpoints.get(endpoint).ok_or(Errno::NODEV)?;
         let mut slabs = Areas::slabs();
         let len = bytes_of_words(DirtyMap::WORDS);
         let range = slabs.alloc(len)?;
@@ -94,7 +96,7 @@ impl Engine {
             peer,
             since: Instant::now(),
             socket,
-            doorbell: Doorbell::new()?,
+            doorbell: None,
             dirty,
             slabs,
             segments: Areas::segments(),
@@ -109,21 +111,28 @@ impl Engine {
             ending: None,
         };
         let handle = self.sessions.insert(session).ok_or(Errno::NOMEM)?;
-        // Watched at once: that puts its doorbell in order.
-        self.wake(handle);
-        Ok(handle)
+        match self.introduce(handle) {
+            Ok((welcome, fds)) => {
+                // Watched at once: that puts its doorbell in order.
+                self.wake(handle);
+                Ok((handle, welcome, fds))
+            }
+            Err(errno) => {
+                self.sessions.remove(handle);
+                Err(errno)
+            }
+        }
     }
 
-    /// The descriptors of a welcome: the doorbell and the first slab.
-    pub(crate) fn welcome_fds(&mut self, session: Handle) -> Result<Vec<Arc<OwnedFd>>, Errno> {
-        let s = self.sessions.get_mut(session).ok_or(Errno::INVAL)?;
-        let doorbell = Arc::new(
-            s.doorbell
-                .as_fd()
-                .try_clone_to_owned()
-                .map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::MFILE))?,
-        );
-        Ok(std::iter::once(doorbell).chain(s.slabs.show(0)).collect())
+    fn introduce(&mut self, session: Handle) -> Result<(Welcome, Vec<Arc<OwnedFd>>), Errno> {
+        let welcome = self.welcome(session).ok_or(Errno::NODEV)?;
+        let set = self.doorbells.clone();
+        let s = self.sessions.get_mut(session).ok_or(Errno::NODEV)?;
+        let watched = Watched::new(Doorbell::new()?, set, session.0.into())?;
+        let doorbell = Arc::new(watched.share()?);
+        s.doorbell = Some(watched);
+        let fds = std::iter::once(doorbell).chain(s.slabs.show(0)).collect();
+        Ok((welcome, fds))
     }
 
     /// Ends a session: all its objects go, and its peers find that nobody answers.

@@ -11,6 +11,8 @@ use freeflow_shm::{
 };
 use freeflow_transport::Qp;
 use freeflow_types::{Access, Gid, Key, QpType, Qpn, TenantId, VirtualIp};
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::io::Errno;
 
 use crate::EndReason;
 use crate::foreign::ForeignMemory;
@@ -34,6 +36,7 @@ pub(crate) struct Endpoint {
 /// Who is at the other end of a session, as the kernel says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Peer {
+    /// 0 if it is outside of the router's process id namespace.
     pub(crate) pid: u32,
     pub(crate) uid: u32,
 }
@@ -45,6 +48,34 @@ pub(crate) struct QueuedEvent {
     pub(crate) bytes: [u8; 16],
 }
 
+/// A doorbell that the engine's thread waits for.
+#[derive(Debug)]
+pub(crate) struct Watched {
+    doorbell: Doorbell,
+    set: Arc<OwnedFd>,
+}
+
+impl Watched {
+    /// Adds a doorbell to an epoll set; `data` comes when it rings.
+    pub(crate) fn new(doorbell: Doorbell, set: Arc<OwnedFd>, data: u64) -> Result<Self, Errno> {
+        let edge = EventFlags::IN | EventFlags::ET;
+        epoll::add(&*set, &doorbell, EventData::new_u64(data), edge)?;
+        Ok(Watched { doorbell, set })
+    }
+
+    /// A descriptor of it for the library.
+    pub(crate) fn share(&self) -> Result<OwnedFd, Errno> {
+        rustix::io::fcntl_dupfd_cloexec(&self.doorbell, 0)
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        // The library may still hold the doorbell: it would stay in the set.
+        let _ = epoll::delete(&*self.set, &self.doorbell);
+    }
+}
+
 /// One process's connection.
 #[derive(Debug)]
 pub(crate) struct Session {
@@ -52,7 +83,8 @@ pub(crate) struct Session {
     pub(crate) peer: Peer,
     pub(crate) since: Instant,
     pub(crate) socket: Arc<OwnedFd>,
-    pub(crate) doorbell: Doorbell,
+    /// There from the moment that the session has a handle.
+    pub(crate) doorbell: Option<Watched>,
     pub(crate) dirty: Region,
     pub(crate) slabs: Areas,
     pub(crate) segments: Areas,

@@ -84,6 +84,7 @@ const CONTROL: &[libc::c_long] = &[
     libc::SYS_memfd_create,
     libc::SYS_newfstatat,
     libc::SYS_pidfd_open,
+    libc::SYS_ppoll,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
     libc::SYS_setsockopt,

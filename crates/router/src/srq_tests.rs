@@ -13,6 +13,7 @@ use freeflow_types::{
     Access, AddressVector, AsyncEventType, DeviceLimits, Gid, Key, Mtu, Opcode, QpAttr,
     QpAttrMask as Mask, QpCap, QpState, QpType, Qpn, SendFlags, VirtualIp, WcStatus, rnr_timer_ns,
 };
+use rustix::event::epoll;
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
@@ -66,7 +67,8 @@ struct Srq {
 
 impl Host {
     fn new() -> Host {
-        let engine = Engine::new(DeviceLimits::default(), 0, Opener::Direct);
+        let set = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).unwrap());
+        let engine = Engine::new(DeviceLimits::default(), 0, Opener::Direct, set);
         Host { engine, now: 0 }
     }
 
@@ -85,7 +87,7 @@ impl Host {
         let (socket, other) = event_pair().unwrap();
         let peer = Peer { pid, uid };
         let begun = self.engine.begin_session(endpoint, peer, Arc::new(socket));
-        let session = begun.unwrap();
+        let (session, ..) = begun.unwrap();
         let answer = self.engine.handle(session, Request::OpenContext);
         let Ok(Reply::Created(context)) = answer.reply else {
             panic!("{:?}", answer.reply);

@@ -23,6 +23,8 @@ mod doorbell;
 mod mapping;
 #[cfg(not(loom))]
 mod packet;
+#[cfg(not(loom))]
+mod peer;
 
 pub use cq::{ARM_ANY, ARM_SOLICITED, CqRing};
 pub use dirty::{DirtyMap, MAX_SLOTS};
@@ -36,4 +38,6 @@ pub use doorbell::{Doorbell, event_pair};
 #[cfg(not(loom))]
 pub use mapping::{Mapping, OutOfBounds, Region, sealed_memfd};
 #[cfg(not(loom))]
-pub use packet::{Packet, recv_packet, recv_packet_interruptible, send_packet};
+pub use packet::{Packet, recv_packet, recv_packet_interruptible, recv_plain, send_packet};
+#[cfg(not(loom))]
+pub use peer::{PeerProcess, is_alive, peer_process, refuse_descriptors};

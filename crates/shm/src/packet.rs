@@ -79,6 +79,26 @@ pub fn recv_packet_interruptible(
     })
 }
 
+/// Receives a message from a stranger, who may send no descriptors: should there be some, none is
+/// taken in, and the message counts as truncated.
+pub fn recv_plain(socket: impl AsFd, buffer: &mut [u8], flags: RecvFlags) -> Result<Packet, Errno> {
+    let mut none = RecvAncillaryBuffer::default();
+    let got = loop {
+        match recvmsg(&socket, &mut [IoSliceMut::new(buffer)], &mut none, flags) {
+            Err(Errno::INTR) => {}
+            other => break other?,
+        }
+    };
+    let truncated = got
+        .flags
+        .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
+    Ok(Packet {
+        len: got.bytes,
+        truncated,
+        fds: Vec::new(),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -99,6 +119,12 @@ mod tests {
         send_packet(&a, b"hello", &[], SendFlags::empty()).unwrap();
         let packet = recv_packet(&b, &mut buffer[..2], RecvFlags::empty()).unwrap();
         assert!(packet.truncated);
+        send_packet(&a, b"hello", &[fd.as_fd()], SendFlags::empty()).unwrap();
+        let packet = recv_plain(&b, &mut buffer, RecvFlags::empty()).unwrap();
+        assert!(packet.truncated && packet.fds.is_empty());
+        send_packet(&a, b"hello", &[], SendFlags::empty()).unwrap();
+        let packet = recv_plain(&b, &mut buffer, RecvFlags::empty()).unwrap();
+        assert_eq!((packet.len, packet.truncated), (5, false));
         drop(a);
         assert_eq!(
             recv_packet(&b, &mut buffer, RecvFlags::empty())

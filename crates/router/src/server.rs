@@ -1,0 +1,372 @@
+//! The thread that serves endpoints' sockets.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use freeflow_session::{
+    Errno as WireErrno, Handle, MAX_MESSAGE_BYTES, PROTOCOL_VERSION, Reply, Request,
+    decode_request, encode_reply,
+};
+use freeflow_shm::{is_alive, peer_process, recv_plain, refuse_descriptors, send_packet};
+use rustix::event::Timespec;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::io::Errno;
+use rustix::net::sockopt::set_socket_send_buffer_size;
+use rustix::net::{RecvFlags, SendFlags, SocketFlags};
+
+use crate::EndReason;
+use crate::connections::{Connection, Connections};
+use crate::control::Answer;
+use crate::objects::Peer;
+use crate::sandbox::Job;
+use crate::serve::Shared;
+
+/// Descriptors kept for connections when there are no others, so that they can be told.
+const RESERVE: usize = 16;
+
+/// A socket whose connections cannot be accepted is left alone for so long.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Bytes of answers that wait to be read: a few, as the library reads one before it asks for the
+/// next. (The kernel makes more of it.)
+const ANSWER_BYTES: usize = 1;
+
+enum Watched {
+    Stop,
+    Listener(Handle),
+    Connection(u32),
+    Process(u32),
+}
+
+const KIND_SHIFT: u32 = 32;
+
+impl Watched {
+    fn data(&self) -> EventData {
+        let (kind, value) = match *self {
+            Watched::Stop => (0, 0),
+            Watched::Listener(endpoint) => (1, endpoint.0),
+            Watched::Connection(number) => (2, number),
+            Watched::Process(number) => (3, number),
+        };
+        EventData::new_u64(kind << KIND_SHIFT | u64::from(value))
+    }
+
+    fn from_data(data: u64) -> Self {
+        let value = data as u32;
+        match data >> KIND_SHIFT {
+            1 => Watched::Listener(Handle(value)),
+            2 => Watched::Connection(value),
+            3 => Watched::Process(value),
+            _ => Watched::Stop,
+        }
+    }
+}
+
+type Sockets = Arc<Mutex<HashMap<Handle, OwnedFd>>>;
+
+/// Where endpoints' sockets are added to a running server.
+#[derive(Clone)]
+pub(crate) struct Listeners {
+    epoll: Arc<OwnedFd>,
+    sockets: Sockets,
+}
+
+impl Listeners {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Handle, OwnedFd>> {
+        self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn add(&self, endpoint: Handle, socket: OwnedFd) -> Result<(), Errno> {
+        // Connections inherit it. An older kernel passes them; they are refused on arrival.
+        let _ = refuse_descriptors(&socket);
+        let data = Watched::Listener(endpoint).data();
+        epoll::add(&*self.epoll, &socket, data, EventFlags::IN)?;
+        self.lock().insert(endpoint, socket);
+        Ok(())
+    }
+
+    pub(crate) fn remove(&self, endpoint: Handle) {
+        self.lock().remove(&endpoint);
+    }
+
+    fn accept(&self, endpoint: Handle) -> Result<OwnedFd, Errno> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let sockets = self.lock();
+        // Its events may come before it is here, or after it is gone.
+        let listener = sockets.get(&endpoint).ok_or(Errno::AGAIN)?;
+        rustix::net::accept_with(listener, flags)
+    }
+
+    /// Looks for connections to an endpoint, or no longer.
+    fn watch(&self, endpoint: Handle, flags: EventFlags) {
+        if let Some(listener) = self.lock().get(&endpoint) {
+            let data = Watched::Listener(endpoint).data();
+            let _ = epoll::modify(&*self.epoll, listener, data, flags);
+        }
+    }
+}
+
+/// The thread that serves sockets.
+pub(crate) struct Server {
+    shared: Arc<Shared>,
+    epoll: Arc<OwnedFd>,
+    /// Readable when the thread is to end.
+    _stop: OwnedFd,
+    listeners: Listeners,
+    connections: Connections,
+    reserve: Vec<OwnedFd>,
+    /// Endpoints whose sockets are left alone until then.
+    paused: Option<(Instant, Vec<Handle>)>,
+    buffer: Vec<u8>,
+}
+
+impl Server {
+    /// A server that ends when `stop` becomes readable.
+    pub(crate) fn new(shared: Arc<Shared>, stop: OwnedFd) -> Result<(Self, Listeners), Errno> {
+        let epoll = Arc::new(epoll::create(CreateFlags::CLOEXEC)?);
+        epoll::add(&*epoll, &stop, Watched::Stop.data(), EventFlags::IN)?;
+        let listeners = Listeners {
+            epoll: epoll.clone(),
+            sockets: Sockets::default(),
+        };
+        let mut server = Server {
+            shared,
+            epoll,
+            _stop: stop,
+            listeners: listeners.clone(),
+            connections: Connections::default(),
+            reserve: Vec::new(),
+            paused: None,
+            buffer: vec![0; MAX_MESSAGE_BYTES + 1],
+        };
+        server.fill_reserve();
+        Ok((server, listeners))
+    }
+
+    pub(crate) fn run(mut self, confined: bool) {
+        if confined {
+            self.shared.confine(Job::Control);
+        }
+        loop {
+            let mut events = [const { std::mem::MaybeUninit::uninit() }; 64];
+            let timeout = self.timeout();
+            let ready: Vec<_> = match epoll::wait(&*self.epoll, &mut events, timeout.as_ref()) {
+                Ok((ready, _)) => ready.iter().map(|e| e.data.u64()).collect(),
+                Err(Errno::INTR) => continue,
+                Err(_) => return,
+            };
+            for data in ready {
+                match Watched::from_data(data) {
+                    Watched::Stop => return,
+                    Watched::Listener(endpoint) => self.accept(endpoint),
+                    Watched::Connection(number) => self.serve(number),
+                    Watched::Process(number) => self.close(number, EndReason::ProcessExited),
+                }
+            }
+            let now = Instant::now();
+            while let Some(number) = self.connections.overdue(now) {
+                self.close(number, EndReason::Closed);
+            }
+            self.resume(now);
+        }
+    }
+
+    fn timeout(&mut self) -> Option<Timespec> {
+        let silent = self.connections.next_due();
+        let paused = self.paused.as_ref().map(|(until, _)| *until);
+        let due = silent.into_iter().chain(paused).min()?;
+        let left = due.saturating_duration_since(Instant::now());
+        // Not a little too early, to find nothing due.
+        let left = left + Duration::from_millis(1);
+        Some(Timespec {
+            tv_sec: left.as_secs() as i64,
+            tv_nsec: left.subsec_nanos().into(),
+        })
+    }
+
+    /// Whether there are descriptors for more than to say that there are none.
+    fn fill_reserve(&mut self) -> bool {
+        while self.reserve.len() < RESERVE {
+            match self.epoll.try_clone() {
+                Ok(fd) => self.reserve.push(fd),
+                Err(_) => return false,
+            }
+        }
+        true
+    }
+
+    fn accept(&mut self, endpoint: Handle) {
+        let mut accepted = self.listeners.accept(endpoint);
+        if let Err(Errno::MFILE | Errno::NFILE) = accepted
+            && !self.reserve.is_empty()
+        {
+            self.reserve.clear();
+            accepted = self.listeners.accept(endpoint);
+        }
+        match accepted {
+            Ok(socket) if self.connections.has_room(endpoint) => {
+                // Whoever is dead already needs no answer.
+                let _ = self.add(endpoint, socket);
+            }
+            Ok(_) | Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
+            Err(_) => {
+                self.listeners.watch(endpoint, EventFlags::empty());
+                let until = Instant::now() + PAUSE;
+                let (_, paused) = self.paused.get_or_insert_with(|| (until, Vec::new()));
+                paused.push(endpoint);
+            }
+        }
+    }
+
+    fn resume(&mut self, now: Instant) {
+        if let Some((_, endpoints)) = self.paused.take_if(|(until, _)| *until <= now) {
+            for endpoint in endpoints {
+                self.listeners.watch(endpoint, EventFlags::IN);
+            }
+        }
+    }
+
+    fn add(&mut self, endpoint: Handle, socket: OwnedFd) -> Result<(), Errno> {
+        set_socket_send_buffer_size(&socket, ANSWER_BYTES)?;
+        let process = peer_process(&socket)?;
+        let connection = Connection {
+            socket: Arc::new(socket),
+            endpoint,
+            process,
+            session: None,
+        };
+        let number = self.connections.add(connection, Instant::now());
+        let Some(connection) = self.connections.get(number) else {
+            return Ok(());
+        };
+        let watched = [
+            // Its death ends the session even if a child still holds the socket.
+            (connection.process.pidfd.as_fd(), Watched::Process(number)),
+            (connection.socket.as_fd(), Watched::Connection(number)),
+        ];
+        let all = watched
+            .into_iter()
+            .try_for_each(|(fd, what)| epoll::add(&*self.epoll, fd, what.data(), EventFlags::IN));
+        if all.is_err() {
+            self.close(number, EndReason::Closed);
+        }
+        all
+    }
+
+    fn serve(&mut self, number: u32) {
+        let Some(connection) = self.connections.get(number) else {
+            return;
+        };
+        let (socket, session) = (connection.socket.clone(), connection.session);
+        let packet = match recv_plain(&*socket, &mut self.buffer, RecvFlags::DONTWAIT) {
+            Ok(packet) => packet,
+            Err(Errno::AGAIN) => return,
+            Err(_) => return self.close(number, EndReason::Closed),
+        };
+        if packet.len == 0 {
+            return self.close(number, EndReason::Closed);
+        }
+        if packet.truncated {
+            return self.close(number, EndReason::UnexpectedDescriptors);
+        }
+        let request = match decode_request(self.buffer.get(..packet.len).unwrap_or_default()) {
+            Ok(request) => request,
+            Err(e) => return self.close(number, EndReason::Message(e)),
+        };
+        match (session, request) {
+            (None, Request::Hello { version }) => self.hello(number, &socket, version),
+            (Some(session), request) if !matches!(request, Request::Hello { .. }) => {
+                let attaches = matches!(request, Request::AttachMemory);
+                let answer = self.shared.with(|engine| engine.handle(session, request));
+                // Its process id may be another's by now, unless it still lives.
+                if attaches && !self.lives(number) {
+                    return self.close(number, EndReason::ProcessExited);
+                }
+                // The library waits for each answer before it asks again: there is room for it.
+                if !send_answer(&socket, &answer) {
+                    self.close(number, EndReason::DoesNotRead);
+                }
+            }
+            _ => self.close(number, EndReason::OutOfOrder),
+        }
+    }
+
+    fn lives(&self, number: u32) -> bool {
+        let connection = self.connections.get(number);
+        connection.is_some_and(|c| is_alive(&c.process.pidfd))
+    }
+
+    fn hello(&mut self, number: u32, socket: &OwnedFd, version: u16) {
+        let begun = if version == PROTOCOL_VERSION {
+            self.begin(number)
+        } else {
+            Err(Errno::PROTONOSUPPORT)
+        };
+        let end = match begun {
+            Ok(answer) if send_answer(socket, &answer) => return,
+            Ok(_) => EndReason::DoesNotRead,
+            Err(errno) => {
+                send_answer(socket, &refusal(errno));
+                if version == PROTOCOL_VERSION {
+                    EndReason::Closed
+                } else {
+                    EndReason::Version { theirs: version }
+                }
+            }
+        };
+        self.close(number, end);
+    }
+
+    fn begin(&mut self, number: u32) -> Result<Answer, Errno> {
+        if !self.fill_reserve() {
+            return Err(Errno::MFILE);
+        }
+        let connection = self.connections.get(number).ok_or(Errno::INVAL)?;
+        let endpoint = connection.endpoint;
+        let peer = Peer {
+            pid: connection.process.pid.unwrap_or(0),
+            uid: connection.process.uid,
+        };
+        let socket = connection.socket.clone();
+        let (session, welcome, fds) = self
+            .shared
+            .with(|engine| engine.begin_session(endpoint, peer, socket))?;
+        self.connections.begin(number, session);
+        Ok(Answer {
+            reply: Ok(Reply::Welcome(welcome)),
+            fds,
+        })
+    }
+
+    fn close(&mut self, number: u32, reason: EndReason) {
+        let Some(connection) = self.connections.remove(number) else {
+            return;
+        };
+        let _ = epoll::delete(&*self.epoll, &connection.process.pidfd);
+        let _ = epoll::delete(&*self.epoll, &connection.socket);
+        if let Some(session) = connection.session {
+            self.shared
+                .with(|engine| engine.end_session(session, reason));
+        }
+        drop(connection);
+        self.fill_reserve();
+    }
+}
+
+fn refusal(errno: Errno) -> Answer {
+    Answer {
+        reply: Err(WireErrno(errno.raw_os_error())),
+        fds: Vec::new(),
+    }
+}
+
+/// Sends an answer; false if it cannot be sent, or there is no room.
+fn send_answer(socket: &OwnedFd, answer: &Answer) -> bool {
+    let Some(bytes) = encode_reply(&answer.reply) else {
+        return false;
+    };
+    let fds: Vec<BorrowedFd<'_>> = answer.fds.iter().map(|fd| fd.as_fd()).collect();
+    send_packet(socket, &bytes, &fds, SendFlags::DONTWAIT).is_ok()
+}
