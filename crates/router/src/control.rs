@@ -229,7 +229,6 @@ impl Engine {
     fn close_context(&mut self, session: Handle, context: Handle) -> Outcome {
         self.own_context(session, context)?;
         self.remove_context(context);
-        self.session_mut(session)?.counts.contexts -= 1;
         done()
     }
 
@@ -266,40 +265,55 @@ impl Engine {
             self.remove_dm(dm);
         }
         for channel in of(&self.channels, context, |c| c.context) {
-            self.channels.remove(channel);
+            self.remove_channel(channel);
         }
         for pd in of(&self.pds, context, |p| p.context) {
-            self.pds.remove(pd);
+            self.remove_pd(pd);
         }
-        self.contexts.remove(context);
+        if let Some(c) = self.contexts.remove(context)
+            && let Some(s) = self.sessions.get_mut(c.session)
+        {
+            s.counts.contexts -= 1;
+        }
+    }
+
+    fn remove_channel(&mut self, channel: Handle) {
+        if let Some(c) = self.channels.remove(channel)
+            && let Some(s) = self.sessions.get_mut(c.session)
+        {
+            s.counts.channels -= 1;
+        }
+    }
+
+    fn remove_pd(&mut self, pd: Handle) {
+        if let Some(p) = self.pds.remove(pd)
+            && let Some(s) = self.sessions.get_mut(p.session)
+        {
+            s.counts.pds -= 1;
+        }
     }
 
     fn alloc_pd(&mut self, session: Handle, context: Handle) -> Outcome {
         self.own_context(session, context)?;
         let limit = self.limits.max_pd;
-        let s = self.session_mut(session)?;
-        if s.counts.pds >= limit {
+        if self.session_mut(session)?.counts.pds >= limit {
             return Err(Errno::NOMEM);
         }
-        s.counts.pds += 1;
-        created(
-            self.pds
-                .insert(Pd {
-                    session,
-                    context,
-                    users: 0,
-                })
-                .ok_or(Errno::NOMEM)?,
-            None,
-        )
+        let pd = Pd {
+            session,
+            context,
+            users: 0,
+        };
+        let pd = self.pds.insert(pd).ok_or(Errno::NOMEM)?;
+        self.session_mut(session)?.counts.pds += 1;
+        created(pd, None)
     }
 
     fn dealloc_pd(&mut self, session: Handle, pd: Handle) -> Outcome {
         if self.own_pd(session, pd)?.users != 0 {
             return Err(Errno::BUSY);
         }
-        self.pds.remove(pd);
-        self.session_mut(session)?.counts.pds -= 1;
+        self.remove_pd(pd);
         done()
     }
 
@@ -350,8 +364,7 @@ impl Engine {
         if self.own_channel(session, channel)?.users != 0 {
             return Err(Errno::BUSY);
         }
-        self.channels.remove(channel);
-        self.session_mut(session)?.counts.channels -= 1;
+        self.remove_channel(channel);
         done()
     }
 
@@ -407,7 +420,10 @@ impl Engine {
             produced: 0,
             overrun: false,
         };
-        let cq = self.cqs.insert(cq).ok_or(Errno::NOMEM)?;
+        let Some(cq) = self.cqs.insert(cq) else {
+            let _ = self.session_mut(session)?.slabs.free(memory);
+            return Err(Errno::NOMEM);
+        };
         self.session_mut(session)?.counts.cqs += 1;
         if let Some(channel) = request.channel {
             self.own_channel(session, channel)?.users += 1;

@@ -123,6 +123,10 @@ impl Areas {
         rustix::fs::fallocate(&*area.fd, punch, range.offset, range.len)?;
         area.free.put(range.offset, range.len);
         self.used -= range.len;
+        if area.free.is_whole() {
+            // Perhaps nobody was told of it: a create that failed gives back what it had.
+            area.shown = false;
+        }
         Ok(())
     }
 
@@ -161,6 +165,11 @@ impl FreeList {
             size,
             free: BTreeMap::from([(0, size)]),
         }
+    }
+
+    /// Whether all of the area is free.
+    fn is_whole(&self) -> bool {
+        self.free.get(&0) == Some(&self.size)
     }
 
     /// First fit.
@@ -269,6 +278,10 @@ mod tests {
         assert!(areas.show(a.area).is_some());
         assert!(areas.show(a.area).is_none());
         assert!(areas.show(9).is_none());
+        // Until all of it is free: who gives back what he could not use was not told of it.
+        areas.free(a).unwrap();
+        let a = areas.alloc(1).unwrap();
+        assert!(areas.show(a.area).is_some());
         assert!(areas.alloc(SLAB_BYTES + 1).unwrap().area == 1);
     }
 }
