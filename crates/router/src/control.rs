@@ -13,6 +13,7 @@ use freeflow_types::{Mtu, QpAttr, QpAttrMask, QpCap, QpState, QpType, Qpn};
 use rustix::io::Errno;
 
 use crate::engine::Engine;
+use crate::events::Stream;
 use crate::memory::Range;
 use crate::objects::{
     Channel, Context, Cq, Pd, QpObject, Rings, Session, Slot, Waiting, bytes_of_words,
@@ -219,7 +220,7 @@ impl Engine {
         let (router, program) = event_pair()?;
         let context = Context {
             session,
-            events: Arc::new(router),
+            events: Stream::new(router)?,
         };
         let context = self.contexts.insert(context).ok_or(Errno::NOMEM)?;
         self.session_mut(session)?.counts.contexts += 1;
@@ -274,6 +275,7 @@ impl Engine {
             && let Some(s) = self.sessions.get_mut(c.session)
         {
             s.counts.contexts -= 1;
+            s.events_waiting = s.events_waiting.saturating_sub(c.events.waiting());
         }
     }
 
@@ -282,6 +284,7 @@ impl Engine {
             && let Some(s) = self.sessions.get_mut(c.session)
         {
             s.counts.channels -= 1;
+            s.events_waiting = s.events_waiting.saturating_sub(c.events.waiting());
         }
     }
 
@@ -352,7 +355,7 @@ impl Engine {
         let channel = Channel {
             session,
             context,
-            events: Arc::new(router),
+            events: Stream::new(router)?,
             users: 0,
         };
         let channel = self.channels.insert(channel).ok_or(Errno::NOMEM)?;

@@ -12,26 +12,20 @@ use freeflow_session::{Event, Handle};
 use freeflow_shm::CompletionEntry;
 use freeflow_types::{AsyncEventType, DeviceLimits, Gid, QpState, TenantId, WcStatus};
 use rustc_hash::FxHashMap;
-use rustix::net::SendFlags;
 
 use crate::EndReason;
 use crate::data::Span;
+use crate::events::StreamId;
 use crate::exec::{Request, Step};
 use crate::foreign::Opener;
 use crate::objects::{
-    Channel, Context, Cq, Dm, Endpoint, Mr, Pd, QpObject, QueuedEvent, Session, Slot, Waiting,
+    Channel, Context, Cq, Dm, Endpoint, Mr, Pd, QpObject, Session, Slot, Waiting,
 };
 use crate::srq::Srq;
 use crate::table::Table;
 use crate::watch::Progress;
 use crate::windows::Window;
 use crate::xrc::XrcState;
-
-/// Events kept for a program that does not read them; it gets no more after that.
-const MAX_QUEUED_EVENTS: usize = 65_536;
-
-/// Nanoseconds between attempts to deliver queued events.
-const OUTBOX_RETRY_NS: u64 = 10_000_000;
 
 /// Messages and bytes that one queue pair may have executed before the next one's turn.
 const TURN_MESSAGES: u32 = 64;
@@ -75,8 +69,6 @@ pub(crate) struct Engine {
     hot: Vec<Handle>,
     ready: VecDeque<Handle>,
     timers: BinaryHeap<Reverse<(u64, u32, u32)>>,
-    outboxes: Vec<Handle>,
-    outbox_due: u64,
     /// Sessions that must end, found in the data path.
     pub(crate) ending: Vec<Handle>,
     pub(crate) ended: VecDeque<freeflow_api::EndedSession>,
@@ -120,8 +112,6 @@ impl Engine {
             hot: Vec::new(),
             ready: VecDeque::new(),
             timers: BinaryHeap::new(),
-            outboxes: Vec::new(),
-            outbox_due: 0,
             ending: Vec::new(),
             ended: VecDeque::new(),
             now: 0,
@@ -138,9 +128,6 @@ impl Engine {
         self.now = now;
         self.collect();
         self.fire_timers();
-        if now >= self.outbox_due && !self.outboxes.is_empty() {
-            self.flush_outboxes();
-        }
         let turns = self.ready.len();
         for _ in 0..turns {
             let Some(qp) = self.ready.pop_front() else {
@@ -275,9 +262,7 @@ impl Engine {
             }
             self.timers.pop();
         }
-        let timer = self.timers.peek().map(|&Reverse((at, ..))| at);
-        let outbox = (!self.outboxes.is_empty()).then_some(self.outbox_due);
-        timer.into_iter().chain(outbox).min()
+        self.timers.peek().map(|&Reverse((at, ..))| at)
     }
 
     /// Stops watching sessions that have had nothing to do for a while.
@@ -343,9 +328,8 @@ impl Engine {
         let event = c.channel.is_some()
             && ring.take_arming(solicited || entry.status != WcStatus::Success.raw() as u8);
         c.produced = index.wrapping_add(1);
-        if event && let Some(channel) = c.channel.and_then(|ch| self.channels.get(ch)) {
-            let (session, socket) = (channel.session, channel.events.clone());
-            self.send_event(session, socket, Event::Completion(cq));
+        if event && let Some(channel) = c.channel {
+            self.send_event(StreamId::Channel(channel), Event::Completion(cq));
         }
     }
 
@@ -398,53 +382,6 @@ impl Engine {
 
     /// Reports an asynchronous event to a context's program.
     pub(crate) fn async_event(&mut self, context: Handle, event: Event) {
-        if let Some(c) = self.contexts.get(context) {
-            let (session, socket) = (c.session, c.events.clone());
-            self.send_event(session, socket, event);
-        }
+        self.send_event(StreamId::Context(context), event);
     }
-
-    fn send_event(&mut self, session: Handle, socket: Arc<OwnedFd>, event: Event) {
-        let Some(s) = self.sessions.get_mut(session) else {
-            return;
-        };
-        let bytes = event.encode();
-        if s.outbox.is_empty() && send(&socket, &bytes) {
-            return;
-        }
-        if s.outbox.len() < MAX_QUEUED_EVENTS {
-            if s.outbox.is_empty() {
-                self.outboxes.push(session);
-                self.outbox_due = self.now + OUTBOX_RETRY_NS;
-            }
-            s.outbox.push_back(QueuedEvent { socket, bytes });
-        }
-    }
-
-    fn flush_outboxes(&mut self) {
-        let sessions = &mut self.sessions;
-        self.outboxes.retain(|&session| {
-            let Some(s) = sessions.get_mut(session) else {
-                return false;
-            };
-            while let Some(event) = s.outbox.front() {
-                if !send(&event.socket, &event.bytes) {
-                    return true;
-                }
-                s.outbox.pop_front();
-            }
-            false
-        });
-        self.outbox_due = self.now + OUTBOX_RETRY_NS;
-    }
-}
-
-/// Sends without blocking; false if there is no room. A reader that is gone wants no event.
-fn send(socket: &OwnedFd, bytes: &[u8]) -> bool {
-    use rustix::io::Errno;
-    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-    !matches!(
-        rustix::net::send(socket, bytes, flags),
-        Err(Errno::AGAIN | Errno::NOBUFS)
-    )
 }

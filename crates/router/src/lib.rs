@@ -14,6 +14,7 @@ mod connections;
 mod control;
 mod data;
 mod engine;
+mod events;
 mod exec;
 mod foreign;
 mod keys;

@@ -104,7 +104,7 @@ impl Engine {
             slots: Vec::new(),
             free_slots: VecDeque::new(),
             keys: Default::default(),
-            outbox: VecDeque::new(),
+            events_waiting: 0,
             counts: Counts::default(),
             hot: false,
             last_active: 0,

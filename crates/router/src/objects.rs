@@ -15,6 +15,7 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
 
 use crate::EndReason;
+use crate::events::Stream;
 use crate::foreign::ForeignMemory;
 use crate::keys::Keys;
 use crate::memory::{Areas, Range};
@@ -39,13 +40,6 @@ pub(crate) struct Peer {
     /// 0 if it is outside of the router's process id namespace.
     pub(crate) pid: u32,
     pub(crate) uid: u32,
-}
-
-/// An event that waits until the program's socket has room.
-#[derive(Debug)]
-pub(crate) struct QueuedEvent {
-    pub(crate) socket: Arc<OwnedFd>,
-    pub(crate) bytes: [u8; 16],
 }
 
 /// A doorbell that the engine's thread waits for.
@@ -93,7 +87,8 @@ pub(crate) struct Session {
     pub(crate) slots: Vec<Option<Slot>>,
     pub(crate) free_slots: VecDeque<u32>,
     pub(crate) keys: Keys,
-    pub(crate) outbox: VecDeque<QueuedEvent>,
+    /// Events that wait for the program to read others.
+    pub(crate) events_waiting: u32,
     pub(crate) counts: Counts,
     /// Whether the engine looks at the dirty map without being asked to.
     pub(crate) hot: bool,
@@ -164,7 +159,7 @@ impl Session {
 pub(crate) struct Context {
     pub(crate) session: Handle,
     /// Where asynchronous events go.
-    pub(crate) events: Arc<OwnedFd>,
+    pub(crate) events: Stream,
 }
 
 /// Protection domain.
@@ -180,7 +175,7 @@ pub(crate) struct Pd {
 pub(crate) struct Channel {
     pub(crate) session: Handle,
     pub(crate) context: Handle,
-    pub(crate) events: Arc<OwnedFd>,
+    pub(crate) events: Stream,
     pub(crate) users: u32,
 }
 

@@ -12,6 +12,7 @@ use rustix::io::Errno;
 
 use crate::Config;
 use crate::engine::{Engine, Polled};
+use crate::events::StreamId;
 use crate::foreign::Opener;
 use crate::sandbox::{self, Confinement, Job};
 use crate::watch::Progress;
@@ -187,8 +188,12 @@ impl Shared {
         let mut engine = self.lock();
         engine.now = self.now();
         for event in events.iter() {
-            if event.data.u64() != KICK {
-                engine.wake(Handle(event.data.u64() as u32));
+            match event.data.u64() {
+                KICK => {}
+                data => match StreamId::from_data(data) {
+                    Some(stream) => engine.flush_events(stream),
+                    None => engine.wake(Handle(data as u32)),
+                },
             }
         }
     }
