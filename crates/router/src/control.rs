@@ -567,7 +567,7 @@ impl Engine {
             taken: None,
             waiting: Waiting::No,
             ticket: None,
-            timer_epoch: 0,
+            timer: None,
             queued: false,
             established: false,
             last_wqe_told: false,
@@ -679,6 +679,7 @@ impl Engine {
         for gid in groups.unwrap_or_default() {
             let _ = self.detach_mcast(qp, gid);
         }
+        self.cancel_timer(qp);
         let Some(q) = self.qps.remove(qp) else { return };
         if let Some(ticket) = q.ticket {
             self.give_back(ticket);

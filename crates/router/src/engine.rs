@@ -3,13 +3,12 @@
 //! One thread at a time holds it. It knows no sockets but those it sends events to, and no clock:
 //! the time comes in with each call.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use freeflow_session::{Event, Handle};
-use freeflow_shm::CompletionEntry;
+use freeflow_shm::{CompletionEntry, DirtyMap};
 use freeflow_types::{AsyncEventType, DeviceLimits, Gid, QpState, TenantId, WcStatus};
 use rustc_hash::FxHashMap;
 
@@ -27,9 +26,34 @@ use crate::watch::Progress;
 use crate::windows::Window;
 use crate::xrc::XrcState;
 
-/// Messages and bytes that one queue pair may have executed before the next one's turn.
-const TURN_MESSAGES: u32 = 64;
+/// Bytes that one endpoint may have moved before the next one's turn, and that one step moves.
 pub(crate) const TURN_BYTES: u64 = 256 << 10;
+
+/// Slots of a session's dirty map that are looked at in one round.
+const MARKS_PER_ROUND: u32 = 256;
+
+/// What is left of an endpoint's turn.
+struct Budget {
+    queue_pairs: u32,
+    messages: u32,
+    bytes: u64,
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Budget {
+            queue_pairs: 64,
+            messages: 64,
+            bytes: TURN_BYTES,
+        }
+    }
+}
+
+impl Budget {
+    fn is_left(&self) -> bool {
+        self.queue_pairs != 0 && self.messages != 0 && self.bytes != 0
+    }
+}
 
 /// What a poll found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,8 +91,12 @@ pub(crate) struct Engine {
     pub(crate) srqs: Table<Srq>,
     pub(crate) xrc: XrcState,
     hot: Vec<Handle>,
-    ready: VecDeque<Handle>,
-    timers: BinaryHeap<Reverse<(u64, u32, u32)>>,
+    /// Endpoints with queue pairs that have something to do.
+    line: VecDeque<Handle>,
+    /// When a queue pair's timer fires: at most one of each.
+    pub(crate) timers: BTreeSet<(u64, u32)>,
+    /// When sessions without work are looked for, even if others are busy.
+    cool_due: u64,
     /// Sessions that must end, found in the data path.
     pub(crate) ending: Vec<Handle>,
     pub(crate) ended: VecDeque<freeflow_api::EndedSession>,
@@ -110,8 +138,9 @@ impl Engine {
             srqs: Table::default(),
             xrc: XrcState::default(),
             hot: Vec::new(),
-            ready: VecDeque::new(),
-            timers: BinaryHeap::new(),
+            line: VecDeque::new(),
+            timers: BTreeSet::new(),
+            cool_due: 0,
             ending: Vec::new(),
             ended: VecDeque::new(),
             now: 0,
@@ -128,20 +157,21 @@ impl Engine {
         self.now = now;
         self.collect();
         self.fire_timers();
-        let turns = self.ready.len();
+        let turns = self.line.len();
         for _ in 0..turns {
-            let Some(qp) = self.ready.pop_front() else {
+            let Some(endpoint) = self.line.pop_front() else {
                 break;
             };
-            if let Some(q) = self.qps.get(qp) {
-                progress.at(q.qpn.get());
-            }
-            self.turn(qp);
+            self.endpoint_turn(endpoint, progress);
         }
-        if turns != 0 || !self.ready.is_empty() || !self.ending.is_empty() {
+        let busy = turns != 0 || !self.line.is_empty() || !self.ending.is_empty();
+        if !busy || now >= self.cool_due {
+            self.cool_down();
+            self.cool_due = now.saturating_add(self.spin);
+        }
+        if busy {
             return Polled::Busy;
         }
-        self.cool_down();
         if self.hot.is_empty() {
             Polled::Asleep {
                 until: self.next_due(),
@@ -167,23 +197,26 @@ impl Engine {
     }
 
     fn collect(&mut self) {
-        for at in 0..self.hot.len() {
-            let session = self.hot[at];
+        let hot = std::mem::take(&mut self.hot);
+        for &session in &hot {
             let Some(s) = self.sessions.get_mut(session) else {
                 continue;
             };
-            let mut marks = std::mem::take(&mut self.marks);
-            if let Some(map) = s.dirty_map()
-                && map.is_dirty()
-            {
-                map.take(|slot| marks.push(slot));
-                s.last_active = self.now;
+            let Some(map) = DirtyMap::new(s.dirty.words()) else {
+                continue;
+            };
+            if !map.is_dirty() {
+                continue;
             }
+            let mut marks = std::mem::take(&mut self.marks);
+            map.take_some(MARKS_PER_ROUND, &mut s.marks_from, |slot| marks.push(slot));
+            s.last_active = self.now;
             for slot in marks.drain(..) {
                 self.marked(session, slot);
             }
             self.marks = marks;
         }
+        self.hot = hot;
     }
 
     /// The library marked one of its queues.
@@ -213,56 +246,58 @@ impl Engine {
 
     /// Puts a queue pair in line for a turn.
     pub(crate) fn make_ready(&mut self, qp: Handle) {
-        if let Some(q) = self.qps.get_mut(qp)
-            && !std::mem::replace(&mut q.queued, true)
+        let Some(q) = self.qps.get_mut(qp) else {
+            return;
+        };
+        if !q.queued
+            && let Some(e) = self.endpoints.get_mut(q.endpoint)
         {
-            self.ready.push_back(qp);
+            q.queued = true;
+            e.ready.push_back(qp);
+            if !std::mem::replace(&mut e.in_line, true) {
+                self.line.push_back(q.endpoint);
+            }
         }
     }
 
     /// What a queue pair waited for is there, or its time is over.
     pub(crate) fn resume(&mut self, qp: Handle) {
+        self.cancel_timer(qp);
         if let Some(q) = self.qps.get_mut(qp) {
             q.waiting = Waiting::No;
-            q.timer_epoch = q.timer_epoch.wrapping_add(1);
             self.make_ready(qp);
         }
     }
 
-    /// Starts a queue pair's timer.
+    /// Starts a queue pair's timer, in place of the one that it has.
     pub(crate) fn start_timer(&mut self, qp: Handle, at: u64) {
+        self.cancel_timer(qp);
         if let Some(q) = self.qps.get_mut(qp) {
-            q.timer_epoch = q.timer_epoch.wrapping_add(1);
-            self.timers.push(Reverse((at, qp.0, q.timer_epoch)));
+            q.timer = Some(at);
+            self.timers.insert((at, qp.0));
+        }
+    }
+
+    /// Stops a queue pair's timer, if it has one.
+    pub(crate) fn cancel_timer(&mut self, qp: Handle) {
+        if let Some(q) = self.qps.get_mut(qp)
+            && let Some(at) = q.timer.take()
+        {
+            self.timers.remove(&(at, qp.0));
         }
     }
 
     fn fire_timers(&mut self) {
-        while let Some(&Reverse((at, qp, epoch))) = self.timers.peek() {
-            if at > self.now {
-                break;
-            }
-            self.timers.pop();
-            let due = |q: &QpObject| q.timer_epoch == epoch && q.waiting != Waiting::No;
-            if self.qps.get(Handle(qp)).is_some_and(due) {
-                self.resume(Handle(qp));
-            }
+        while let Some(&(at, qp)) = self.timers.first()
+            && at <= self.now
+        {
+            self.timers.pop_first();
+            self.resume(Handle(qp));
         }
     }
 
-    fn next_due(&mut self) -> Option<u64> {
-        // Void timers must not keep the router awake.
-        while let Some(&Reverse((_, qp, epoch))) = self.timers.peek() {
-            if self
-                .qps
-                .get(Handle(qp))
-                .is_some_and(|q| q.timer_epoch == epoch)
-            {
-                break;
-            }
-            self.timers.pop();
-        }
-        self.timers.peek().map(|&Reverse((at, ..))| at)
+    fn next_due(&self) -> Option<u64> {
+        self.timers.first().map(|&(at, _)| at)
     }
 
     /// Stops watching sessions that have had nothing to do for a while.
@@ -282,22 +317,40 @@ impl Engine {
         });
     }
 
-    fn turn(&mut self, qp: Handle) {
-        let Some(q) = self.qps.get_mut(qp) else {
-            return;
-        };
-        q.queued = false;
-        let mut bytes = 0;
-        for _ in 0..TURN_MESSAGES {
-            match self.step(qp) {
-                Step::Done(n) => bytes += n,
-                Step::Nothing => return,
-            }
-            if bytes >= TURN_BYTES {
+    /// An endpoint's turn: its queue pairs that have something to do, one after the other, until
+    /// enough is done that it is another endpoint's turn.
+    fn endpoint_turn(&mut self, endpoint: Handle, progress: &Progress) {
+        let mut budget = Budget::default();
+        while budget.is_left() {
+            let Some(e) = self.endpoints.get_mut(endpoint) else {
+                return;
+            };
+            let Some(qp) = e.ready.pop_front() else {
                 break;
+            };
+            if let Some(q) = self.qps.get_mut(qp) {
+                progress.at(q.qpn.get());
+                q.queued = false;
+                self.turn(qp, &mut budget);
             }
         }
-        self.make_ready(qp);
+        if let Some(e) = self.endpoints.get_mut(endpoint) {
+            e.in_line = !e.ready.is_empty();
+            if e.in_line {
+                self.line.push_back(endpoint);
+            }
+        }
+    }
+
+    fn turn(&mut self, qp: Handle, budget: &mut Budget) {
+        budget.queue_pairs = budget.queue_pairs.saturating_sub(1);
+        while let Step::Done(bytes) = self.step(qp) {
+            budget.messages = budget.messages.saturating_sub(1);
+            budget.bytes = budget.bytes.saturating_sub(bytes);
+            if budget.messages == 0 || budget.bytes == 0 {
+                return self.make_ready(qp);
+            }
+        }
     }
 
     /// The session of a queue pair broke a rule: it ends after this round.

@@ -50,6 +50,8 @@ impl Engine {
             gid,
             socket: spec.socket.clone(),
             counters: Default::default(),
+            ready: VecDeque::new(),
+            in_line: false,
         };
         let handle = self
             .endpoints
@@ -98,6 +100,7 @@ impl Engine {
             socket,
             doorbell: None,
             dirty,
+            marks_from: 0,
             slabs,
             segments: Areas::segments(),
             memory: None,

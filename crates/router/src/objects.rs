@@ -32,6 +32,10 @@ pub(crate) struct Endpoint {
     pub(crate) gid: Gid,
     pub(crate) socket: std::path::PathBuf,
     pub(crate) counters: freeflow_api::Counters,
+    /// Queue pairs that have something to do.
+    pub(crate) ready: VecDeque<Handle>,
+    /// Whether it is in line for a turn.
+    pub(crate) in_line: bool,
 }
 
 /// Who is at the other end of a session, as the kernel says.
@@ -80,6 +84,8 @@ pub(crate) struct Session {
     /// There from the moment that the session has a handle.
     pub(crate) doorbell: Option<Watched>,
     pub(crate) dirty: Region,
+    /// Where the next look at the dirty map begins.
+    pub(crate) marks_from: u32,
     pub(crate) slabs: Areas,
     pub(crate) segments: Areas,
     pub(crate) memory: Option<ForeignMemory>,
@@ -332,8 +338,8 @@ pub(crate) struct QpObject {
     pub(crate) waiting: Waiting,
     /// Its place among those who wait for a receive request of a shared receive queue.
     pub(crate) ticket: Option<Ticket>,
-    /// A timer with another number is void.
-    pub(crate) timer_epoch: u32,
+    /// When its timer fires.
+    pub(crate) timer: Option<u64>,
     pub(crate) queued: bool,
     pub(crate) established: bool,
     /// The program knows that no more requests of the shared receive queue will complete here.

@@ -367,7 +367,7 @@ impl Engine {
                 .is_some_and(Srq::has_request);
         if served {
             q.waiting = Waiting::No;
-            q.timer_epoch = q.timer_epoch.wrapping_add(1);
+            self.cancel_timer(sender);
         }
         served
     }

@@ -310,7 +310,7 @@ impl Engine {
             taken: None,
             waiting: Waiting::No,
             ticket: None,
-            timer_epoch: 0,
+            timer: None,
             queued: false,
             established: false,
             last_wqe_told: false,

@@ -60,18 +60,56 @@ impl<'a> DirtyMap<'a> {
 
     /// Router: takes all marks and calls `each` with every slot that was marked. The indices the
     /// posters stored before marking are visible afterwards.
-    pub fn take(&self, mut each: impl FnMut(u32)) {
+    pub fn take(&self, each: impl FnMut(u32)) {
+        self.take_some(u32::MAX, &mut 0, each);
+    }
+
+    /// Router: as [`Self::take`], but looks at no more than about `most` slots: the others stay
+    /// marked. `from` says where to begin, and where to begin the next time.
+    pub fn take_some(&self, most: u32, from: &mut u32, mut each: impl FnMut(u32)) {
+        let first = *from as usize % LEAVES;
+        let (first, above) = (first / 64, u64::MAX << (first % 64));
+        // Round once: what lies before the beginning, of the same summary, comes last.
+        let visits = std::iter::once((first, above))
+            .chain((first + 1..SUMMARIES).map(|s| (s, u64::MAX)))
+            .chain((0..first).map(|s| (s, u64::MAX)))
+            .chain(std::iter::once((first, !above)));
+        let mut left = most;
         // AcqRel on each level: synchronises with the fetch_or of `mark`, level by level, so
         // that a bit taken above implies that the bits below are visible.
         let top = self.words[TOP].swap(0, Ordering::AcqRel);
-        for summary in bits(top).filter(|&s| s < SUMMARIES) {
-            let leaves = self.words[SUMMARY + summary].swap(0, Ordering::AcqRel);
-            for leaf in bits(leaves).map(|l| summary * 64 + l) {
-                let slots = self.words[LEAF + leaf].swap(0, Ordering::AcqRel);
-                for slot in bits(slots) {
-                    each((leaf * 64 + slot) as u32);
-                }
+        let mut back = 0;
+        for (summary, mask) in visits.filter(|&(s, _)| top >> s & 1 != 0) {
+            let bit = 1 << summary;
+            if left == 0 {
+                back |= bit;
+                continue;
             }
+            let leaves = self.words[SUMMARY + summary].swap(0, Ordering::AcqRel);
+            let mut leaves_back = leaves & !mask;
+            for leaf in bits(leaves & mask) {
+                if left == 0 {
+                    leaves_back |= 1 << leaf;
+                    continue;
+                }
+                let at = summary * 64 + leaf;
+                let slots = self.words[LEAF + at].swap(0, Ordering::AcqRel);
+                left = left.saturating_sub(slots.count_ones().max(1));
+                for slot in bits(slots) {
+                    each((at * 64 + slot) as u32);
+                }
+                *from = (at + 1) as u32;
+            }
+            if leaves_back != 0 {
+                // As `mark` does: the bit above comes last.
+                self.words[SUMMARY + summary].fetch_or(leaves_back, Ordering::AcqRel);
+                back |= bit;
+            } else {
+                back &= !bit;
+            }
+        }
+        if back != 0 {
+            self.words[TOP].fetch_or(back, Ordering::AcqRel);
         }
     }
 
@@ -126,6 +164,33 @@ mod tests {
         assert!(map.arm());
         assert!(map.mark(7));
         assert!(!map.mark(8));
+    }
+
+    #[test]
+    fn a_part_leaves_the_rest_marked_and_everybody_gets_a_turn() {
+        let words: Vec<_> = (0..DirtyMap::WORDS).map(|_| AtomicU64::new(0)).collect();
+        let map = DirtyMap::new(&words).unwrap();
+        let slots = [0, 5, 64, 4096, 4160, 40_000, MAX_SLOTS - 1];
+        let mut from = 0;
+        let mut seen = std::collections::BTreeSet::new();
+        for round in 0..slots.len() {
+            // Those at the front are marked again and again.
+            for slot in slots {
+                map.mark(slot);
+            }
+            let mut count = 0;
+            map.take_some(1, &mut from, |slot| {
+                seen.insert(slot);
+                count += 1;
+            });
+            assert!((1..=2).contains(&count), "round {round}: {count}");
+            assert!(map.is_dirty() && !map.arm());
+        }
+        assert_eq!(seen.into_iter().collect::<Vec<_>>(), slots);
+        let mut rest = Vec::new();
+        map.take(|slot| rest.push(slot));
+        assert!(rest.len() >= slots.len() - 2);
+        assert!(map.arm());
     }
 
     #[test]

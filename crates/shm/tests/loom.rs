@@ -60,6 +60,35 @@ fn a_post_is_seen_or_wakes_the_router() {
 }
 
 #[test]
+fn a_post_is_not_lost_when_only_a_part_is_taken() {
+    bounded(|| {
+        let memory = words(DirtyMap::WORDS);
+        let map = DirtyMap::new(&memory).unwrap();
+        // Work of two slots of one summary is waiting; one of them gets more meanwhile.
+        map.mark(70);
+        map.mark(200);
+        let poster = {
+            let memory = memory.clone();
+            thread::spawn(move || DirtyMap::new(&memory).unwrap().mark(200))
+        };
+        let mut from = 0;
+        let mut seen = [0, 0];
+        let mut take = |seen: &mut [u32; 2]| {
+            map.take_some(1, &mut from, |slot| seen[usize::from(slot == 200)] += 1);
+        };
+        take(&mut seen);
+        assert!(!map.arm());
+        take(&mut seen);
+        let asleep = map.arm();
+        let woken = poster.join().unwrap();
+        if !asleep || woken {
+            take(&mut seen);
+        }
+        assert!(seen[0] == 1 && seen[1] >= 1, "{seen:?}");
+    });
+}
+
+#[test]
 fn a_completion_is_polled_or_raises_an_event() {
     bounded(|| {
         let memory = words(CqRing::words(2));
