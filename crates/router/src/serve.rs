@@ -1,12 +1,13 @@
 //! What the router's two threads share, and the thread that polls the engine.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use freeflow_session::Handle;
 use freeflow_shm::Doorbell;
+use parking_lot::{Mutex as FairMutex, MutexGuard};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 
@@ -25,9 +26,9 @@ const KICK: u64 = u64::MAX;
 
 /// What both threads share.
 pub(crate) struct Shared {
-    engine: Mutex<Engine>,
-    /// Threads that want the engine; the polling one steps aside.
-    waiting: AtomicUsize,
+    /// Handed from thread to thread in turn: neither a flood of control verbs nor of work keeps
+    /// the other from it.
+    engine: FairMutex<Engine>,
     /// Whether the polling thread is, or is about to be, asleep.
     asleep: AtomicBool,
     pub(crate) stop: AtomicBool,
@@ -47,7 +48,7 @@ impl Shared {
         let edge = EventFlags::IN | EventFlags::ET;
         epoll::add(&doorbells, &kick, EventData::new_u64(KICK), edge)?;
         Ok(Shared {
-            engine: Mutex::new(Engine::new(
+            engine: FairMutex::new(Engine::new(
                 config.limits,
                 config.spin.as_nanos() as u64,
                 opener,
@@ -55,7 +56,6 @@ impl Shared {
             )),
             confinement: Mutex::default(),
             progress: Progress::default(),
-            waiting: AtomicUsize::new(0),
             asleep: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             kick,
@@ -69,21 +69,13 @@ impl Shared {
         self.start.elapsed().as_nanos() as u64
     }
 
-    fn lock(&self) -> MutexGuard<'_, Engine> {
-        // A panic aborts the process, so that a poisoned lock is never seen.
-        self.engine.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Runs `f` on the engine, ahead of the polling thread's next round.
+    /// Runs `f` on the engine, at the latest after the polling thread's present round.
     pub(crate) fn with<R>(&self, f: impl FnOnce(&mut Engine) -> R) -> R {
-        // Relaxed: a hint to the polling thread; the lock orders everything else.
-        self.waiting.fetch_add(1, Ordering::Relaxed);
-        let mut engine = self.lock();
-        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        let mut engine = self.engine.lock();
         engine.now = self.now();
         let result = f(&mut engine);
         engine.reap();
-        drop(engine);
+        MutexGuard::unlock_fair(engine);
         // SeqCst: the polling thread sets the flag before it looks at the engine for the last
         // time; it saw our change, or we see its flag.
         if self.asleep.load(Ordering::SeqCst) {
@@ -132,23 +124,23 @@ impl Shared {
         let mut rounds = 0u32;
         // Acquire: pairs with `request_stop`.
         while !self.stop.load(Ordering::Acquire) {
-            while self.waiting.load(Ordering::Relaxed) != 0 {
-                std::thread::yield_now();
-            }
             rounds = rounds.wrapping_add(1);
             if rounds.is_multiple_of(ROUNDS_PER_LOOK) {
                 self.look(Some(Duration::ZERO));
             }
-            let mut engine = self.lock();
+            let mut engine = self.engine.lock();
             let now = self.now();
             self.progress.begin(now);
             let polled = engine.poll(now, &self.progress);
             engine.reap();
             self.progress.end();
             match polled {
-                Polled::Busy => idle_rounds = 0,
+                Polled::Busy => {
+                    MutexGuard::unlock_fair(engine);
+                    idle_rounds = 0;
+                }
                 Polled::Idle => {
-                    drop(engine);
+                    MutexGuard::unlock_fair(engine);
                     idle_rounds = idle_rounds.saturating_add(1);
                     if idle_rounds > self.yield_after {
                         std::thread::yield_now();
@@ -160,7 +152,7 @@ impl Shared {
                     // SeqCst: see `with`. The engine is still locked: whoever changes it later
                     // finds the flag.
                     self.asleep.store(true, Ordering::SeqCst);
-                    drop(engine);
+                    MutexGuard::unlock_fair(engine);
                     let now = self.now();
                     let timeout = until.map(|at| Duration::from_nanos(at.saturating_sub(now)));
                     self.look(timeout);
@@ -185,7 +177,7 @@ impl Shared {
         if events.is_empty() {
             return;
         }
-        let mut engine = self.lock();
+        let mut engine = self.engine.lock();
         engine.now = self.now();
         for event in events.iter() {
             match event.data.u64() {
