@@ -287,6 +287,10 @@ impl Engine {
     /// towards all other requests, which this engine executes one after the other
     /// (`IBV_ATOMIC_HCA`).
     pub(crate) fn atomic(&self, span: &Span, update: Atomic) -> Option<u64> {
+        if span.len != 8 {
+            // It straddles two pieces.
+            return None;
+        }
         match span.backing {
             Backing::Pool { segment, offset } => {
                 let mapping = self.segment(span.session, segment)?;

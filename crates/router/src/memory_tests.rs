@@ -13,6 +13,7 @@ use freeflow_types::{
     QpCap, QpState, QpType, Qpn,
 };
 use proptest::prelude::*;
+use rustix::event::epoll;
 use rustix::io::Errno;
 
 use crate::EndpointSpec;
@@ -35,7 +36,8 @@ struct Host {
 
 impl Host {
     fn new(limits: DeviceLimits) -> Host {
-        let mut engine = Engine::new(limits, 0, Opener::Direct);
+        let set = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).unwrap());
+        let mut engine = Engine::new(limits, 0, Opener::Direct, set);
         let ip = freeflow_types::VirtualIp("10.0.0.1".parse().unwrap());
         let spec = EndpointSpec {
             name: "e".to_owned(),
@@ -75,7 +77,7 @@ impl Host {
         };
         let (socket, _) = event_pair().unwrap();
         let session = self.engine.begin_session(endpoint, peer, Arc::new(socket));
-        session.unwrap()
+        session.unwrap().0
     }
 
     fn ask(&mut self, request: Request) -> Result<Reply, Errno> {

@@ -1,8 +1,8 @@
 //! Control verbs of memory regions and device memory.
 
 use freeflow_session::{
-    AdviseMr, DmAllocated, Handle, MrRegistered, PieceKind, RegDmMr, RegMr, Reply, ReregMr,
-    Translation,
+    AdviseMr, DmAllocated, Handle, MrRegistered, PieceDesc, PieceKind, RegDmMr, RegMr, Reply,
+    ReregMr, Translation,
 };
 use freeflow_types::Access;
 use rustix::io::Errno;
@@ -44,6 +44,9 @@ impl Engine {
     /// What backs a region that a session describes.
     fn pieces(&self, session: Handle, at: &Translation) -> Result<Vec<Piece>, Errno> {
         let s = self.sessions.get(session).ok_or(Errno::INVAL)?;
+        if !are_whole_pages(&at.pieces) {
+            return Err(Errno::INVAL);
+        }
         let mut pieces = Vec::with_capacity(at.pieces.len());
         let mut start = 0;
         for piece in at.pieces.iter().filter(|p| p.len != 0) {
@@ -307,4 +310,12 @@ impl Engine {
         let (range, dm) = ((0, request.len), Some(request.dm));
         self.add_mr(session, request.pd, request.access, range, vec![piece], dm)
     }
+}
+
+/// Whether all pieces but the first and the last are whole pages: else a few bytes of a message
+/// could be as many pieces, each as much work as a page.
+fn are_whole_pages(pieces: &[PieceDesc]) -> bool {
+    let page = crate::memory::page_size();
+    let inner = pieces.get(1..pieces.len().saturating_sub(1));
+    inner.is_none_or(|inner| inner.iter().all(|p| p.len.is_multiple_of(page)))
 }
