@@ -27,6 +27,7 @@ use crate::Locked;
 use crate::content::{GAP, each_extent};
 use crate::converter::{Converter, Uffds};
 use crate::maps::{Maps, Vma, is_single_threaded, open};
+use crate::page_size;
 use crate::uffd::Uffd;
 
 /// What `prepare` hands to the other two.
@@ -86,7 +87,8 @@ unsafe extern "C" fn prepare() {
                 && !is_single_threaded()
             {
                 // Without it nobody is held: better a torn copy than a parent that hangs.
-                forking.breaker = Breaker::start(uffd);
+                let stack = forking.converter.maps.as_ref().and_then(stack);
+                forking.breaker = Breaker::start(uffd, stack);
                 if forking.breaker.is_some() {
                     for vma in &forking.ours {
                         hold(uffd, vma, &forking.converter);
@@ -97,6 +99,33 @@ unsafe extern "C" fn prepare() {
         // SAFETY: see `Slot`.
         unsafe { *FORKING.0.get() = Some(forking) };
     });
+}
+
+/// The part of this thread's stack that `fork` is about to write to.
+fn stack(maps: &Maps) -> Option<(u64, u64)> {
+    const BELOW: u64 = 64 << 10;
+    const ABOVE: u64 = 16 << 10;
+    let page = page_size();
+    let local = 0u8;
+    let here = std::ptr::from_ref(&local) as u64;
+    let vma = maps
+        .all()
+        .ok()?
+        .into_iter()
+        .find(|vma| (vma.start..vma.end).contains(&here))?;
+    // The kernel writes to the control block (rseq), and kills whose it cannot write to.
+    // SAFETY: it returns the address of this thread's control block.
+    let control = unsafe { libc::pthread_self() } as u64 & !(page - 1);
+    let start = ((here - BELOW) & !(page - 1)).max(vma.start);
+    let end = (here + ABOVE) & !(page - 1);
+    let end = if control > here & !(page - 1) {
+        end.min(control)
+    } else {
+        end
+    };
+    let free = !(start..end).contains(&control);
+    let private = !vma.shared && vma.inode == 0;
+    (free && private && start < end && end <= vma.end).then_some((start, end))
 }
 
 /// All mappings of converted pages, wherever the application has moved them.
@@ -285,7 +314,7 @@ struct Breaker {
 
 impl Breaker {
     /// Starts it; from now on it allocates nothing.
-    fn start(uffd: &Uffd) -> Option<Self> {
+    fn start(uffd: &Uffd, stack: Option<(u64, u64)>) -> Option<Self> {
         let stop = eventfd(0, EventfdFlags::CLOEXEC).ok()?;
         let told = eventfd(0, EventfdFlags::CLOEXEC).ok()?;
         let thread = rustix::thread::gettid();
@@ -303,7 +332,7 @@ impl Breaker {
         let work = move || {
             let [stop, told, stat] = fds;
             tell(told);
-            watch(uffd, stop, stat);
+            watch(uffd, stop, stat, stack);
             tell(told);
         };
         // It inherits that all signals are blocked.
@@ -342,8 +371,11 @@ fn await_told(event: &OwnedFd) {
 }
 
 /// The breaker's work. Allocates nothing: writers are held.
-fn watch(uffd: &Uffd, stop: BorrowedFd<'_>, stat: BorrowedFd<'_>) {
-    let page = crate::page_size();
+///
+/// `stack` is where the forking thread cannot but write before it forks: while others are let go,
+/// it is held, too, lest it forks in that moment.
+fn watch(uffd: &Uffd, stop: BorrowedFd<'_>, stat: BorrowedFd<'_>, stack: Option<(u64, u64)>) {
+    let page = page_size();
     let mut waiters = [0; 64];
     let mut count = 0;
     loop {
@@ -367,12 +399,19 @@ fn watch(uffd: &Uffd, stop: BorrowedFd<'_>, stat: BorrowedFd<'_>) {
         while let Some(place) = waiters.get_mut(count)
             && let Some(address) = uffd.next_waiter()
         {
-            *place = address;
-            count += 1;
+            if !stack.is_some_and(|(start, end)| (start..end).contains(&address)) {
+                *place = address;
+                count += 1;
+            }
         }
         // Relaxed: a thread that was seen asleep after it had stored is seen to have stored, as
         // the kernel's run queue lock lies between. Then it sleeps for the child, not for a lock.
-        if count > 0 && sleeps(stat) && !FORKED.load(Ordering::Relaxed) {
+        let waits_for_lock = || sleeps(stat) && !FORKED.load(Ordering::Relaxed);
+        if count == 0 || !waits_for_lock() {
+            continue;
+        }
+        let held = stack.filter(|(start, end)| uffd.hold_writers(*start, end - start).is_ok());
+        if waits_for_lock() {
             for &address in &waiters[..count] {
                 uffd.release(address, page);
             }
@@ -381,6 +420,9 @@ fn watch(uffd: &Uffd, stop: BorrowedFd<'_>, stat: BorrowedFd<'_>) {
                 let _ = uffd.hold_shared_writers(address, page);
             }
             count = 0;
+        }
+        if let Some((start, end)) = held {
+            uffd.release(start, end - start);
         }
     }
 }

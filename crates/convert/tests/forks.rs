@@ -200,7 +200,7 @@ fn a_child_can_use_the_heap(_: Mode) {
             });
         }
         let kept = register_small_buffers(&pool);
-        for round in 0..300 {
+        for round in 0..100 {
             reap(fork(|| use_the_heap(round, 500)));
             assert!(use_the_heap(round, 100));
         }
