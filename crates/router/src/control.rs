@@ -320,7 +320,21 @@ impl Engine {
         done()
     }
 
+    /// ENOMEM: the endpoint may not share so much more memory.
+    fn check_shared(&self, session: Handle, more: u64) -> Result<(), Errno> {
+        let endpoint = self.sessions.get(session).ok_or(Errno::INVAL)?.endpoint;
+        let of_endpoint = self.sessions.iter().filter(|(_, s)| s.endpoint == endpoint);
+        let mapped = of_endpoint.map(|(_, s)| s.segments.mapped() + s.slabs.mapped());
+        let total = mapped.fold(more, u64::saturating_add);
+        if total > self.limits.max_shared_bytes {
+            Err(Errno::NOMEM)
+        } else {
+            Ok(())
+        }
+    }
+
     fn alloc_pages(&mut self, session: Handle, len: u64) -> Outcome {
+        self.check_shared(session, len)?;
         let s = self.session_mut(session)?;
         let range = s.segments.alloc(len)?;
         let segment_len = s.segments.size(range.area);
@@ -373,6 +387,7 @@ impl Engine {
 
     /// Allocates ring memory: the range, its view, and what the library must know.
     pub(crate) fn alloc_ring(&mut self, session: Handle, len: u64) -> Result<Ring, Errno> {
+        self.check_shared(session, len)?;
         let s = self.session_mut(session)?;
         let range = s.slabs.alloc(len)?;
         let mapping = s.slabs.mapping(range.area).ok_or(Errno::NOMEM)?.clone();

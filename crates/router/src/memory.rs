@@ -146,6 +146,11 @@ impl Areas {
         self.mapping(area).map_or(0, |m| m.len())
     }
 
+    /// Bytes of address space that all areas take.
+    pub(crate) fn mapped(&self) -> u64 {
+        self.areas.iter().map(|area| area.mapping.len()).sum()
+    }
+
     /// Bytes handed out.
     pub(crate) fn used(&self) -> u64 {
         self.used

@@ -242,6 +242,28 @@ fn small() -> DeviceLimits {
 }
 
 #[test]
+fn address_space_is_bounded_for_all_sessions_of_an_endpoint() {
+    let limits = DeviceLimits {
+        max_shared_bytes: 1 << 40,
+        ..DeviceLimits::default()
+    };
+    let mut host = Host::new(limits);
+    let len = limits.max_shared_bytes / 4;
+    let mut ranges = 0;
+    for _ in 0..3 {
+        while host.ask(Request::AllocPages { len }).is_ok() {
+            ranges += 1;
+            assert!(ranges <= 4);
+        }
+        // Another session of the endpoint finds as little.
+        host.session = host.another_session();
+    }
+    assert_eq!(ranges, 3);
+    let refused = host.ask(Request::AllocPages { len });
+    assert_eq!(refused, Err(Errno::NOMEM));
+}
+
+#[test]
 fn quotas_are_exact_and_come_back() {
     let mut host = Host::new(small());
     for _ in 0..3 {

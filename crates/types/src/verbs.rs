@@ -447,6 +447,9 @@ bitflags! {
 pub struct DeviceLimits {
     /// Largest memory region in bytes.
     pub max_mr_size: u64,
+    /// Bytes of memory that the processes of an endpoint share with the router: rings and pages.
+    /// They take the router's address space even where nobody touches them.
+    pub max_shared_bytes: u64,
     /// Queue pairs of a session.
     pub max_qp: u32,
     /// Work requests of one queue.
@@ -488,7 +491,8 @@ pub struct DeviceLimits {
 impl Default for DeviceLimits {
     fn default() -> Self {
         DeviceLimits {
-            max_mr_size: 1 << 44,
+            max_mr_size: 1 << 42,
+            max_shared_bytes: 1 << 42,
             max_qp: 65_536,
             max_qp_wr: 16_384,
             max_sge: 30,
