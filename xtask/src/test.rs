@@ -59,7 +59,7 @@ const STEPS: [Step; 9] = [
     ("loom", loom),
     ("end-to-end", || {
         // Routers and programs that poll share few cores: two tests at a time.
-        let args = ["test", "--package", "freeflow-tests"];
+        let args = ["test", "--package", "freeflow-tests", "--no-fail-fast"];
         run(cargo(&args).args(["--", "--test-threads=2"]))
     }),
 ];
