@@ -384,6 +384,10 @@ fn advise(env: &Env) -> Outcome {
         skip!("device does not offer advice");
     };
     // Prefetching is for regions on demand alone.
+    let caps = end.ctx.attr_ex().map_or(0, |attr| attr.odp_caps.general_caps);
+    if caps & 1 == 0 {
+        skip!("device does not offer on-demand regions");
+    }
     let buf = Arc::new(Buf::new(4096)?);
     let access = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_ON_DEMAND;
     let mr = match Mr::register(&end.pd, &buf, 0, 4096, access) {
