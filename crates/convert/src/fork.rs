@@ -108,24 +108,22 @@ fn stack(maps: &Maps) -> Option<(u64, u64)> {
     let page = page_size();
     let local = 0u8;
     let here = std::ptr::from_ref(&local) as u64;
-    let vma = maps
-        .all()
-        .ok()?
-        .into_iter()
+    let all = maps.all().ok()?;
+    let vma = all
+        .iter()
         .find(|vma| (vma.start..vma.end).contains(&here))?;
+    let start = ((here - BELOW) & !(page - 1)).max(vma.start);
+    let end = ((here + ABOVE) & !(page - 1)).min(vma.end);
     // The kernel writes to the control block (rseq), and kills whose it cannot write to.
     // SAFETY: it returns the address of this thread's control block.
     let control = unsafe { libc::pthread_self() } as u64 & !(page - 1);
-    let start = ((here - BELOW) & !(page - 1)).max(vma.start);
-    let end = (here + ABOVE) & !(page - 1);
-    let end = if control > here & !(page - 1) {
+    let end = if control >= start {
         end.min(control)
     } else {
         end
     };
-    let free = !(start..end).contains(&control);
     let private = !vma.shared && vma.inode == 0;
-    (free && private && start < end && end <= vma.end).then_some((start, end))
+    (private && start < end).then_some((start, end))
 }
 
 /// All mappings of converted pages, wherever the application has moved them.
