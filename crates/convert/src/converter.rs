@@ -9,7 +9,7 @@ use rustix::mm::{
 };
 
 use crate::content::{Content, Pagemap, Part};
-use crate::maps::{Maps, Vma, begins_with_arena, is_single_threaded, locked, stack_end};
+use crate::maps::{Maps, Vma, begins_with_arena, is_single_threaded, locked, thread_memory};
 use crate::records::{Intervals, Place, Users};
 use crate::uffd::Uffd;
 use crate::{Backing, ConvertError, PageSource, Piece, PoolRange, Registration, page_size};
@@ -196,13 +196,22 @@ impl Converter {
             push(made, start, end, Backing::Foreign);
             return Ok(end);
         }
-        let untouchable = stack_end(vma).or_else(|| {
-            (start == vma.start && begins_with_arena(vma)).then(|| start + page_size())
-        });
-        if let Some(until) = untouchable.filter(|&until| until > start) {
-            let until = until.min(end);
-            push(made, start, until, Backing::Foreign);
-            return Ok(until);
+        // What was converted once is neither; and to look would touch a shared page.
+        let mut end = end;
+        if private {
+            let arena = || {
+                let found = start == vma.start && begins_with_arena(vma);
+                found.then(|| (start, start + page_size()))
+            };
+            match thread_memory(vma, start).or_else(arena) {
+                Some((from, to)) if from <= start => {
+                    let until = to.min(end);
+                    push(made, start, until, Backing::Foreign);
+                    return Ok(until);
+                }
+                Some((from, _)) => end = end.min(from),
+                None => {}
+            }
         }
         let mut until = start;
         match self.convert(source, ours, start, end).map_err(os)? {

@@ -217,36 +217,60 @@ fn parse(line: &[u8]) -> Option<Vma> {
     })
 }
 
-/// Where the part of a mapping ends that holds stacks. They are never converted: the kernel
-/// writes there (signal frames, rseq, the word that `pthread_join` waits for), and a child of
-/// `fork` runs on one before any handler does. Allocates.
-pub(crate) fn stack_end(vma: &Vma) -> Option<u64> {
-    let here = 0u8;
+/// The first part of a mapping, beyond an address, that holds stacks or threads' control blocks.
+/// They are never converted: the kernel writes there (signal frames, rseq, the word that
+/// `pthread_join` waits for), and a child of `fork` runs on one before any handler does.
+/// Allocates.
+pub(crate) fn thread_memory(vma: &Vma, beyond: u64) -> Option<(u64, u64)> {
+    let page = page_size();
+    let here = std::ptr::from_ref(&page) as u64;
     // The kernel put the auxiliary vector's random bytes on the main thread's stack.
     // SAFETY: it reads the auxiliary vector.
-    let main = unsafe { libc::getauxval(libc::AT_RANDOM) };
+    let main_stack = unsafe { libc::getauxval(libc::AT_RANDOM) };
     let range = vma.start..vma.end;
-    if range.contains(&main) || range.contains(&(std::ptr::from_ref(&here) as u64)) {
-        return Some(vma.end);
+    if range.contains(&main_stack) {
+        return Some((vma.start, vma.end));
     }
-    // glibc puts a thread's control block, with the list of its robust mutexes, on the last page
-    // of its stack. What follows that page may be other memory: before Linux 6.7, the kernel
-    // merges it with the stack's mapping.
+    // The list of a thread's robust mutexes is in its control block.
     let list = |thread: libc::pid_t| {
         let mut head = 0u64;
         let mut len = 0usize;
-        let thread = libc::c_long::from(thread);
         // SAFETY: the kernel writes a pointer and a size.
-        let got = unsafe { libc::syscall(libc::SYS_get_robust_list, thread, &mut head, &mut len) };
-        (got == 0).then_some(head)
+        let got = unsafe {
+            let thread = libc::c_long::from(thread);
+            libc::syscall(libc::SYS_get_robust_list, thread, &mut head, &mut len)
+        };
+        (got == 0).then_some((thread, head))
+    };
+    // Before Linux 6.7, the kernel merges these mappings with others beside them.
+    let part = |(thread, head): (libc::pid_t, u64)| {
+        if thread == rustix::process::getpid().as_raw_pid() {
+            // Somewhere in memory of the loader's. The block is of 2 to 3 KiB.
+            let start = (head - 1024) & !(page - 1);
+            (start.max(vma.start), (head + 3072).next_multiple_of(page))
+        } else {
+            // On the last page of its stack.
+            (vma.start, (head + 1).next_multiple_of(page))
+        }
     };
     let tasks = std::fs::read_dir("/proc/self/task").ok()?;
     let threads = tasks.filter_map(|t| t.ok()?.file_name().to_str()?.parse::<libc::pid_t>().ok());
-    threads
+    let parts = threads
         .filter_map(list)
-        .filter(|head| range.contains(head))
-        .map(|head| (head + 1).next_multiple_of(page_size()))
-        .max()
+        .filter(|(_, head)| range.contains(head))
+        .map(part);
+    // Another libc's thread.
+    let unknown = range.contains(&here).then_some((vma.start, vma.end));
+    let mut all: Vec<_> = parts.collect();
+    if all
+        .iter()
+        .all(|(start, end)| !(*start..*end).contains(&here))
+    {
+        all.extend(unknown);
+    }
+    all.into_iter()
+        .filter(|&(_, end)| end > beyond)
+        .min_by_key(|&(start, _)| start)
 }
 
 /// Where glibc puts the heaps of its arenas (`HEAP_MAX_SIZE`).
@@ -363,7 +387,8 @@ mod tests {
         });
         let addr = told.recv().unwrap();
         let vma = Maps::open().unwrap().at_or_after(addr).unwrap();
-        assert!(stack_end(&vma).is_some_and(|end| end > addr));
+        let (start, end) = thread_memory(&vma, 0).unwrap();
+        assert!((start..end).contains(&addr));
         drop(stop);
         thread.join().unwrap();
         let heap = vec![0u8; 64 << 20];
@@ -371,6 +396,9 @@ mod tests {
             .unwrap()
             .at_or_after(heap.as_ptr() as u64 + 4096)
             .unwrap();
-        assert!(stack_end(&vma).is_none_or(|end| end <= heap.as_ptr() as u64 + 4096));
+        let there = heap.as_ptr() as u64 + 4096;
+        assert!(
+            thread_memory(&vma, there).is_none_or(|(start, end)| !(start..end).contains(&there))
+        );
     }
 }

@@ -19,6 +19,7 @@ tests! {
     executable_memory_is_foreign: ALL,
     the_main_stack_is_foreign: ALL,
     stacks_of_threads_are_foreign: HELD,
+    memory_beside_the_main_control_block_is_shared: ALL,
     the_head_of_an_arena_is_foreign: HELD,
     huge_pages_are_foreign: ALL,
     holes_are_refused: ALL,
@@ -156,6 +157,38 @@ fn stacks_of_threads_are_foreign(_: Mode) {
     drop(go);
     joiner.join().unwrap();
     assert_eq!(pool.used(), 0);
+}
+
+fn memory_beside_the_main_control_block_is_shared(_: Mode) {
+    let pool = Pool::new(MIB);
+    // SAFETY: it returns the address of the main thread's control block.
+    let control = unsafe { libc::pthread_self() } as u64;
+    let registration = pool.register(control, 1500);
+    assert!(is_foreign(&registration));
+    pool.deregister(registration);
+    // The loader mapped it, and the kernel merges what is mapped right below.
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let starts = maps.lines().map(|line| {
+        let (start, _) = line.split_once('-').unwrap();
+        u64::from_str_radix(start, 16).unwrap()
+    });
+    let start = starts.filter(|&start| start <= control).max().unwrap();
+    let below = start - 16 * PAGE;
+    let flags = MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE;
+    // SAFETY: it replaces nothing.
+    let at = unsafe { rustix::mm::mmap_anonymous(below as *mut _, 16 * PAGE as usize, RW, flags) };
+    match at {
+        Ok(at) => assert_eq!(at as u64, below),
+        Err(_) => skip("needs the memory below the loader's"),
+    }
+    store(below, &pattern(below, 16 * PAGE));
+    let registration = pool.register(below, 16 * PAGE);
+    assert!(is_shared(&registration), "{registration:x?}");
+    assert_eq!(
+        pool.read(&registration, 0, 16 * PAGE),
+        pattern(below, 16 * PAGE)
+    );
+    pool.deregister(registration);
 }
 
 fn the_head_of_an_arena_is_foreign(_: Mode) {
