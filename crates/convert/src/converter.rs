@@ -305,12 +305,13 @@ impl Converter {
         if let Uffds::Untried = self.uffd {
             self.uffd = Uffd::open().map_or(Uffds::Refused, Uffds::Open);
         }
-        let held = match &self.uffd {
+        // Nobody needs to be held if there is nobody else.
+        let alone = is_single_threaded();
+        let can_hold = match &self.uffd {
             Uffds::Open(uffd) => ours.is_none() || uffd.holds_shared(),
             _ => false,
         };
-        // Nobody else can write if there is nobody else.
-        if !held && !is_single_threaded() {
+        if !alone && !can_hold {
             return Ok(Converted::Unsafe);
         }
         let len = end - start;
@@ -318,7 +319,7 @@ impl Converter {
         let segment = self
             .segment(source, range.segment)
             .inspect_err(|_| source.free(range))?;
-        let until = self.replace(segment, range.offset, ours, start, end);
+        let until = self.replace(alone, segment, range.offset, ours, start, end);
         let done = until - start;
         if done < len {
             source.free(PoolRange {
@@ -372,6 +373,7 @@ impl Converter {
     /// Replaces a range part by part, each atomically; returns how far it came.
     fn replace(
         &self,
+        alone: bool,
         segment: usize,
         offset: u64,
         ours: Option<Place>,
@@ -393,7 +395,7 @@ impl Converter {
             },
         };
         let uffd = match &self.uffd {
-            Uffds::Open(uffd) => Some(uffd),
+            Uffds::Open(uffd) if !alone => Some(uffd),
             _ => None,
         };
         let lock = locked(start, end);

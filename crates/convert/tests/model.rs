@@ -90,8 +90,8 @@ struct World {
 
 impl World {
     fn new() -> Self {
+        // What is unmapped stays reserved, lest others (stacks of threads) are put there.
         let reserve = Memory::with(PAGES * PAGE, ProtFlags::empty(), MapFlags::PRIVATE);
-        reserve.unmap(0, reserve.len);
         World {
             base: reserve.addr,
             pool: Pool::new(GIB),
@@ -109,24 +109,27 @@ impl World {
         self.base + page * PAGE
     }
 
-    fn unmap(&mut self, pages: &Range<u64>) {
+    /// Maps fresh memory in place of what was there.
+    fn place(&self, pages: &Range<u64>, prot: ProtFlags) {
         let len = (pages.end - pages.start) * PAGE;
-        let memory = Memory {
-            addr: self.at(pages.start),
-            len,
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED;
+        // SAFETY: the range is this test's own.
+        let at = unsafe {
+            rustix::mm::mmap_anonymous(self.at(pages.start) as *mut _, len as usize, prot, flags)
         };
-        memory.unmap(0, len);
-        pages
-            .clone()
-            .for_each(|page| self.mapped.retain(|&at, _| at != page));
+        assert_eq!(at.unwrap() as u64, self.at(pages.start));
+    }
+
+    fn unmap(&mut self, pages: &Range<u64>) {
+        self.place(pages, ProtFlags::empty());
+        self.mapped.retain(|at, _| !pages.contains(at));
     }
 
     fn take(&mut self, step: &Step) {
         match step {
             Step::Map { pages } => {
                 // As an allocator does: what was there is gone.
-                self.unmap(pages);
-                Memory::at(self.at(pages.start), (pages.end - pages.start) * PAGE);
+                self.place(pages, ProtFlags::READ | ProtFlags::WRITE);
                 for page in pages.clone() {
                     self.content.push(vec![0; PAGE as usize]);
                     self.mapped.insert(page, self.content.len() - 1);
@@ -216,6 +219,7 @@ impl World {
                 libc::mremap(self.at(page) as *mut _, len, len, flags, self.at(to))
             };
             assert_eq!(at as u64, self.at(to));
+            self.place(&(page..page + 1), ProtFlags::empty());
             self.mapped.remove(&page);
             self.mapped.insert(to, id);
         }

@@ -57,8 +57,8 @@ macro_rules! tests {
 }
 pub(crate) use tests;
 
-/// Runs each test in processes of its own, one for each mode, on their only threads: conversions
-/// and the handlers of `fork` are process-wide.
+/// Runs each test in processes of its own, one for each mode: conversions and the handlers of
+/// `fork` are process-wide. Where userfaultfd is refused, it has one thread, else a second one.
 pub fn run(tests: &'static [Test]) {
     if let Ok(role) = std::env::var(VARIABLE) {
         for &(name, modes, work) in tests {
@@ -136,6 +136,21 @@ fn enter(mode: Mode) {
         skip(&format!(
             "needs userfaultfd {wanted:?}, has {found:?} (works: {works})"
         ));
+    }
+    if mode != Mode::Refused {
+        // Who is alone holds nobody.
+        std::thread::spawn(|| {
+            // Signals are the test's.
+            // SAFETY: the sets are this thread's own.
+            unsafe {
+                let mut all = std::mem::zeroed();
+                libc::sigfillset(&mut all);
+                libc::pthread_sigmask(libc::SIG_SETMASK, &all, std::ptr::null_mut());
+            }
+            loop {
+                std::thread::park();
+            }
+        });
     }
 }
 
