@@ -16,7 +16,7 @@ pub(crate) const GAP: u64 = 32 << 20;
 
 /// Memory with content is replaced in parts of about this size. Nobody waits for long, and the
 /// pages that one part frees, which are in the cache, take the next one.
-const PART: u64 = 4 << 20;
+pub(crate) const PART: u64 = 4 << 20;
 
 /// `struct pm_scan_arg` of `<linux/fs.h>` (Linux 6.7).
 #[repr(C)]

@@ -8,7 +8,7 @@ use rustix::mm::{
     munmap,
 };
 
-use crate::content::{Content, Pagemap, Part};
+use crate::content::{Content, PART, Pagemap, Part};
 use crate::maps::{Maps, Vma, begins_with_arena, is_single_threaded, locked, thread_memory};
 use crate::records::{Intervals, Place, Users};
 use crate::uffd::Uffd;
@@ -401,10 +401,10 @@ impl Converter {
         let lock = locked(start, end);
         let mut at = start;
         while at < end {
-            let Ok(part) = content.next_part(at, end) else {
+            let Ok(mut part) = content.next_part(at, end) else {
                 break;
             };
-            if replace_part(uffd, &content, &part, fd, offset + (at - start)).is_err() {
+            if replace_part(uffd, &content, &mut part, fd, offset + (at - start)).is_err() {
                 break;
             }
             for &(from, to) in &lock {
@@ -536,15 +536,15 @@ fn trim(pieces: &[Piece], start: u64, end: u64) -> Vec<Piece> {
         .collect()
 }
 
-/// Replaces one part of a range by the pages of a memfd at `offset`.
+/// Replaces one part of a range, or its beginning, by the pages of a memfd at `offset`.
 fn replace_part(
     uffd: Option<&Uffd>,
     content: &Content<'_>,
-    part: &Part,
+    part: &mut Part,
     fd: &OwnedFd,
     offset: u64,
 ) -> Result<(), Errno> {
-    let (start, len) = (part.start, part.end - part.start);
+    let (start, mut len) = (part.start, part.end - part.start);
     let Some(uffd) = uffd else {
         content.copy(part, fd, offset)?;
         return map_over(fd, offset, start, len);
@@ -559,8 +559,10 @@ fn replace_part(
             }
             return moved;
         }
-        // Somebody was faster.
+        // Somebody was faster. To hold writers takes page tables: not for all of it.
         uffd.release(start, len);
+        len = len.min(PART);
+        part.end = start + len;
     }
     match content {
         Content::Anonymous(_) => uffd.hold_writers(start, len)?,
