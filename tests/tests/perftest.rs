@@ -70,7 +70,9 @@ fn send_bandwidth() {
             "-b -c UC -n 1000",
             "-b -c UD -s 2048 -n 1000",
             "-e -n 1000",
+            "-e -b -s 4096 -n 1000",
             "-q 16 -n 500",
+            "-q 16 -b -e -s 1024 -n 300",
             "-I 64 -s 64 -n 2000",
             "-I 256 -s 200 -n 2000 -Q 16",
             "-l 8 -s 512 -n 2000",
@@ -189,6 +191,8 @@ fn hundreds_of_queue_pairs() {
         "ib_write_bw",
         &["-q 300 -n 20 -s 4096", "-q 300 -n 20 -s 65536 -b"],
     );
+    // It counts 16 requests for each completion, and spins for ever if their number is no multiple.
+    run.ways("ib_send_bw", &["-q 200 -n 32 -s 1024 -r 32 -t 16"]);
 }
 
 #[test]

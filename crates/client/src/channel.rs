@@ -48,6 +48,10 @@ impl CompChannel {
     /// found; then EIO.
     pub fn get_event(&self) -> Result<usize, Errno> {
         loop {
+            if let Some(cq) = self.left_behind() {
+                cq.completion.delivered();
+                return Ok(cq.user);
+            }
             let mut bytes = [0; Event::BYTES];
             let cq = match recv_packet_interruptible(&self.events, &mut bytes, RecvFlags::empty()) {
                 Ok(packet) if packet.len != 0 => match Event::decode(&bytes[..packet.len]) {
@@ -71,6 +75,14 @@ impl CompChannel {
                 return Ok(cq.user);
             }
         }
+    }
+
+    /// A queue that is armed though completions are left in it.
+    fn left_behind(&self) -> Option<Arc<Cq>> {
+        unpoisoned(&self.cqs)
+            .iter()
+            .filter_map(Weak::upgrade)
+            .find(|cq| cq.event_for_the_rest())
     }
 
     /// Destroys it. EBUSY: a completion queue uses it.

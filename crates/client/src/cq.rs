@@ -69,6 +69,8 @@ struct Poller {
     entries: u32,
     consumed: u64,
     empty: u32,
+    /// Whether the last poll since it was armed left completions in it.
+    left: bool,
     /// What was in the ring when it was resized, or cleared of a queue pair's completions.
     carried: VecDeque<CompletionEntry>,
 }
@@ -81,6 +83,7 @@ impl Poller {
             entries,
             consumed: 0,
             empty: 0,
+            left: false,
             carried: VecDeque::new(),
         })
     }
@@ -199,7 +202,9 @@ impl Cq {
                 n += 1;
             }
         }
-        poller.ring().ok_or(Errno::IO)?.consume(poller.consumed);
+        let ring = poller.ring().ok_or(Errno::IO)?;
+        ring.consume(poller.consumed);
+        poller.left = !poller.carried.is_empty() || ring.produced() != poller.consumed;
         poller.empty = 0;
         Ok(n)
     }
@@ -291,7 +296,8 @@ impl Cq {
 
     /// Asks for one event on the channel (`ibv_req_notify_cq(3)`).
     pub fn req_notify(&self, solicited_only: bool) -> Result<(), Errno> {
-        let poller = unpoisoned(&self.poller);
+        let mut poller = unpoisoned(&self.poller);
+        poller.left = false;
         let ring = poller.ring().ok_or(Errno::IO)?;
         ring.arm(if solicited_only {
             ARM_SOLICITED
@@ -299,6 +305,17 @@ impl Cq {
             ARM_ANY
         });
         Ok(())
+    }
+
+    /// Takes the arming for any completion back, if the program has polled since and left
+    /// completions; whether it did.
+    ///
+    /// A program that arms, polls a batch of limited size and waits for an event again would wait
+    /// for ever if nothing more came (perftest with several queue pairs does so). Devices whose
+    /// arming names the consumer's index raise the event in that case; so do we.
+    pub(crate) fn event_for_the_rest(&self) -> bool {
+        let poller = unpoisoned(&self.poller);
+        poller.left && poller.ring().is_some_and(|ring| ring.disarm())
     }
 
     /// Acknowledges completion events.

@@ -121,4 +121,12 @@ impl<'a> CqRing<'a> {
         // Store-load edge against `take_arming`; the library polls after arming.
         fence(Ordering::SeqCst);
     }
+
+    /// Library: takes back an arming for any completion, unless the router has used it up.
+    pub fn disarm(&self) -> bool {
+        // Relaxed: either side's exchange takes the word as a whole; it guards no other memory.
+        self.words[ARMED]
+            .compare_exchange(ARM_ANY, 0, Ordering::Relaxed, Ordering::Relaxed)
+            .is_ok()
+    }
 }
