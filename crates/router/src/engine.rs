@@ -331,7 +331,13 @@ impl Engine {
             if let Some(q) = self.qps.get_mut(qp) {
                 progress.at(q.qpn.get());
                 q.queued = false;
-                self.turn(qp, &mut budget);
+                let session = q.session;
+                if self.turn(qp, &mut budget)
+                    && let Some(s) = self.sessions.get_mut(session)
+                {
+                    // Who has much to do need not ring for more.
+                    s.last_active = self.now;
+                }
             }
         }
         if let Some(e) = self.endpoints.get_mut(endpoint) {
@@ -342,15 +348,20 @@ impl Engine {
         }
     }
 
-    fn turn(&mut self, qp: Handle, budget: &mut Budget) {
+    /// A queue pair's turn; whether it did something.
+    fn turn(&mut self, qp: Handle, budget: &mut Budget) -> bool {
         budget.queue_pairs = budget.queue_pairs.saturating_sub(1);
+        let mut worked = false;
         while let Step::Done(bytes) = self.step(qp) {
+            worked = true;
             budget.messages = budget.messages.saturating_sub(1);
             budget.bytes = budget.bytes.saturating_sub(bytes);
             if budget.messages == 0 || budget.bytes == 0 {
-                return self.make_ready(qp);
+                self.make_ready(qp);
+                break;
             }
         }
+        worked
     }
 
     /// The session of a queue pair broke a rule: it ends after this round.
