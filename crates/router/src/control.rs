@@ -14,6 +14,7 @@ use rustix::io::Errno;
 
 use crate::engine::Engine;
 use crate::events::Stream;
+use crate::held::Held;
 use crate::memory::Range;
 use crate::objects::{
     Channel, Context, Cq, Pd, QpObject, Rings, Session, Slot, Waiting, bytes_of_words,
@@ -58,6 +59,7 @@ impl Engine {
             Ok(()) => self.dispatch(session, request),
             Err(_) => Err(Errno::INVAL),
         };
+        self.account(session);
         match result {
             Ok((reply, fds)) => Answer {
                 reply: Ok(reply),
@@ -217,6 +219,7 @@ impl Engine {
     }
 
     fn open_context(&mut self, session: Handle) -> Outcome {
+        self.check_session(session, Held::DESCRIPTOR)?;
         let (router, program) = event_pair()?;
         let context = Context {
             session,
@@ -320,21 +323,9 @@ impl Engine {
         done()
     }
 
-    /// ENOMEM: the endpoint may not share so much more memory.
-    fn check_shared(&self, session: Handle, more: u64) -> Result<(), Errno> {
-        let endpoint = self.sessions.get(session).ok_or(Errno::INVAL)?.endpoint;
-        let of_endpoint = self.sessions.iter().filter(|(_, s)| s.endpoint == endpoint);
-        let mapped = of_endpoint.map(|(_, s)| s.segments.mapped() + s.slabs.mapped());
-        let total = mapped.fold(more, u64::saturating_add);
-        if total > self.limits.max_shared_bytes {
-            Err(Errno::NOMEM)
-        } else {
-            Ok(())
-        }
-    }
-
     fn alloc_pages(&mut self, session: Handle, len: u64) -> Outcome {
-        self.check_shared(session, len)?;
+        let more = Held::range(&self.session_mut(session)?.segments, len);
+        self.check_session(session, more)?;
         let s = self.session_mut(session)?;
         let range = s.segments.alloc(len)?;
         let segment_len = s.segments.size(range.area);
@@ -365,6 +356,7 @@ impl Engine {
         if self.session_mut(session)?.counts.channels >= limit {
             return Err(Errno::NOMEM);
         }
+        self.check_session(session, Held::DESCRIPTOR)?;
         let (router, program) = event_pair()?;
         let channel = Channel {
             session,
@@ -387,7 +379,8 @@ impl Engine {
 
     /// Allocates ring memory: the range, its view, and what the library must know.
     pub(crate) fn alloc_ring(&mut self, session: Handle, len: u64) -> Result<Ring, Errno> {
-        self.check_shared(session, len)?;
+        let more = Held::range(&self.session_mut(session)?.slabs, len);
+        self.check_session(session, more)?;
         let s = self.session_mut(session)?;
         let range = s.slabs.alloc(len)?;
         let mapping = s.slabs.mapping(range.area).ok_or(Errno::NOMEM)?.clone();

@@ -69,6 +69,8 @@ pub(crate) enum Polled {
 /// All state of a router.
 pub(crate) struct Engine {
     pub(crate) limits: DeviceLimits,
+    /// Descriptors that all sessions of an endpoint may hold together.
+    pub(crate) max_descriptors: u64,
     /// Nanoseconds that a session is watched after its last work.
     pub(crate) spin: u64,
     pub(crate) opener: Opener,
@@ -117,6 +119,7 @@ impl Engine {
     ) -> Self {
         Engine {
             limits,
+            max_descriptors: u64::MAX,
             spin,
             opener,
             doorbells,

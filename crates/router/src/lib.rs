@@ -17,6 +17,7 @@ mod engine;
 mod events;
 mod exec;
 mod foreign;
+mod held;
 mod keys;
 mod lifecycle;
 mod mcast;
@@ -67,6 +68,8 @@ const BACKLOG: i32 = 128;
 pub struct Config {
     /// What the virtual devices offer, and what a session may have.
     pub limits: DeviceLimits,
+    /// Descriptors that one endpoint may have the router hold, so that others have some.
+    pub max_descriptors: u64,
     /// How long a session is watched after its last work, before the router waits for its
     /// doorbell.
     pub spin: Duration,
@@ -82,11 +85,18 @@ impl Default for Config {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Config {
             limits: DeviceLimits::default(),
+            max_descriptors: descriptor_limit() / 4,
             spin: Duration::from_micros(200),
             yield_after: if cores > 4 { 2000 } else { 20 },
             sandbox: true,
         }
     }
+}
+
+/// Descriptors that this process may have.
+fn descriptor_limit() -> u64 {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    limit.current.unwrap_or(u64::MAX)
 }
 
 /// A container's virtual NIC, as it is to be.

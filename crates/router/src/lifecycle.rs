@@ -11,6 +11,7 @@ use freeflow_types::{Gid, TenantId};
 use rustix::io::Errno;
 
 use crate::engine::Engine;
+use crate::held::Held;
 use crate::memory::Areas;
 use crate::objects::{Counts, Endpoint, Peer, Session, Watched, bytes_of_words};
 use crate::{EndReason, EndpointSpec, RouterError};
@@ -52,6 +53,7 @@ impl Engine {
             counters: Default::default(),
             ready: VecDeque::new(),
             in_line: false,
+            held: Held::default(),
         };
         let handle = self
             .endpoints
@@ -87,8 +89,8 @@ impl Engine {
         peer: Peer,
         socket: Arc<OwnedFd>,
     ) -> Result<(Handle, Welcome, Vec<Arc<OwnedFd>>), Errno> {
-        self.endpoints.get(endpoint).ok_or(Errno::NODEV)?;
         let mut slabs = Areas::slabs();
+        self.check_held(endpoint, Held::session(&slabs))?;
         let len = bytes_of_words(DirtyMap::WORDS);
         let range = slabs.alloc(len)?;
         let mapping = slabs.mapping(range.area).ok_or(Errno::NOMEM)?.clone();
@@ -109,6 +111,7 @@ impl Engine {
             keys: Default::default(),
             events_waiting: 0,
             counts: Counts::default(),
+            held: Held::default(),
             hot: false,
             last_active: 0,
             ending: None,
@@ -118,6 +121,7 @@ impl Engine {
             Ok((welcome, fds)) => {
                 // Watched at once: that puts its doorbell in order.
                 self.wake(handle);
+                self.account(handle);
                 Ok((handle, welcome, fds))
             }
             Err(errno) => {
@@ -170,7 +174,9 @@ impl Engine {
         for context in contexts {
             self.remove_context(context);
         }
-        self.sessions.remove(session);
+        if let Some(s) = self.sessions.remove(session) {
+            self.settle(&s);
+        }
     }
 
     /// Ends the sessions that the data path condemned.

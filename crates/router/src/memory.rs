@@ -107,6 +107,21 @@ impl Areas {
         })
     }
 
+    /// Bytes that a new area takes if `len` bytes are handed out; 0 if there is room.
+    pub(crate) fn growth(&self, len: u64) -> u64 {
+        let len = len.max(1).saturating_add(page_size() - 1) & !(page_size() - 1);
+        if self.areas.iter().any(|area| area.free.has(len)) {
+            0
+        } else {
+            len.max(self.least)
+        }
+    }
+
+    /// Areas: each is a descriptor.
+    pub(crate) fn count(&self) -> u64 {
+        self.areas.len() as u64
+    }
+
     /// Takes a range back; its memory is released and reads as zeroes when handed out again.
     /// EINVAL unless all of it was handed out.
     pub(crate) fn free(&mut self, range: Range) -> Result<(), Errno> {
@@ -175,6 +190,11 @@ impl FreeList {
     /// Whether all of the area is free.
     fn is_whole(&self) -> bool {
         self.free.get(&0) == Some(&self.size)
+    }
+
+    /// Whether a range of this length is free.
+    fn has(&self, len: u64) -> bool {
+        self.free.values().any(|&have| have >= len)
     }
 
     /// First fit.

@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use crate::EndReason;
 use crate::events::Stream;
 use crate::foreign::ForeignMemory;
+use crate::held::Held;
 use crate::keys::Keys;
 use crate::memory::{Areas, Range};
 use crate::srq::Ticket;
@@ -36,6 +37,8 @@ pub(crate) struct Endpoint {
     pub(crate) ready: VecDeque<Handle>,
     /// Whether it is in line for a turn.
     pub(crate) in_line: bool,
+    /// What its sessions hold of the router.
+    pub(crate) held: Held,
 }
 
 /// Who is at the other end of a session, as the kernel says.
@@ -96,6 +99,8 @@ pub(crate) struct Session {
     /// Events that wait for the program to read others.
     pub(crate) events_waiting: u32,
     pub(crate) counts: Counts,
+    /// What it holds of the router, as last counted.
+    pub(crate) held: Held,
     /// Whether the engine looks at the dirty map without being asked to.
     pub(crate) hot: bool,
     pub(crate) last_active: u64,
@@ -125,6 +130,8 @@ pub(crate) struct Counts {
     pub(crate) qps: u32,
     pub(crate) srqs: u32,
     pub(crate) xrcds: u32,
+    /// Pieces of all memory regions.
+    pub(crate) pieces: u64,
     pub(crate) registered: u64,
     pub(crate) foreign: u64,
 }

@@ -9,6 +9,7 @@ use rustix::io::Errno;
 
 use crate::control::{Outcome, done};
 use crate::engine::Engine;
+use crate::held::Held;
 use crate::keys::Named;
 use crate::objects::{Backing, Dm, Mr, Piece};
 
@@ -90,6 +91,8 @@ impl Engine {
         if s.counts.mrs >= limit {
             return Err(Errno::NOMEM);
         }
+        self.check_session(session, Held::pieces(pieces.len()))?;
+        let s = self.session_mut(session)?;
         let key = s.keys.choose()?;
         let region = Mr {
             session,
@@ -104,12 +107,14 @@ impl Engine {
             windows: 0,
         };
         let (registered, foreign) = region.weight();
+        let count = region.pieces.len() as u64;
         let mr = self.mrs.insert(region).ok_or(Errno::NOMEM)?;
         let s = self.session_mut(session)?;
         s.keys.insert(key, Named::Region(mr));
         s.counts.mrs += 1;
         s.counts.registered += registered;
         s.counts.foreign += foreign;
+        s.counts.pieces += count;
         self.own_pd(session, pd)?.users += 1;
         if let Some(dm) = dm.and_then(|dm| self.dms.get_mut(dm)) {
             dm.users += 1;
@@ -147,17 +152,23 @@ impl Engine {
             Some(to) => Some((to.iova, to.len, self.pieces(session, to)?)),
             None => None,
         };
+        if let Some((.., pieces)) = &place {
+            self.check_session(session, Held::pieces(pieces.len()))?;
+        }
         let m = self.own_mr(session, request.mr)?;
         let old = m.weight();
+        let old_pieces = m.pieces.len() as u64;
         m.pd = pd;
         m.access = request.access.unwrap_or(m.access);
         if let Some(place) = place {
             (m.iova, m.len, m.pieces) = place;
         }
         let new = m.weight();
+        let new_pieces = m.pieces.len() as u64;
         let counts = &mut self.session_mut(session)?.counts;
         counts.registered = counts.registered - old.0 + new.0;
         counts.foreign = counts.foreign - old.1 + new.1;
+        counts.pieces = counts.pieces - old_pieces + new_pieces;
         self.own_pd(session, old_pd)?.users -= 1;
         self.own_pd(session, pd)?.users += 1;
         done()
@@ -230,6 +241,7 @@ impl Engine {
             s.counts.mrs -= 1;
             s.counts.registered -= registered;
             s.counts.foreign -= foreign;
+            s.counts.pieces -= m.pieces.len() as u64;
         }
     }
 
@@ -247,7 +259,9 @@ impl Engine {
         if len > limit.saturating_sub(s.counts.device) {
             return Err(Errno::NOMEM);
         }
-        let range = s.segments.alloc(len)?;
+        let more = Held::range(&s.segments, len);
+        self.check_session(session, more)?;
+        let range = self.session_mut(session)?.segments.alloc(len)?;
         let dm = Dm {
             session,
             context,

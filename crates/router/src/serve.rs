@@ -47,13 +47,11 @@ impl Shared {
         let doorbells = Arc::new(epoll::create(CreateFlags::CLOEXEC)?);
         let edge = EventFlags::IN | EventFlags::ET;
         epoll::add(&doorbells, &kick, EventData::new_u64(KICK), edge)?;
+        let spin = config.spin.as_nanos() as u64;
+        let mut engine = Engine::new(config.limits, spin, opener, doorbells.clone());
+        engine.max_descriptors = config.max_descriptors;
         Ok(Shared {
-            engine: FairMutex::new(Engine::new(
-                config.limits,
-                config.spin.as_nanos() as u64,
-                opener,
-                doorbells.clone(),
-            )),
+            engine: FairMutex::new(engine),
             confinement: Mutex::default(),
             progress: Progress::default(),
             asleep: AtomicBool::new(false),
