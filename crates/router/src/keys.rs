@@ -42,6 +42,12 @@ impl Keys {
         self.0.remove(&(key.0 & !TAG));
     }
 
+    /// How many there are.
+    #[cfg(feature = "testing")]
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// What has this key or one that differs in the tag.
     pub(crate) fn get(&self, key: u32) -> Option<Named> {
         self.0.get(&(key & !TAG)).copied()

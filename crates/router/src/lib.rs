@@ -34,6 +34,9 @@ mod srq;
 #[cfg(test)]
 mod srq_tests;
 mod table;
+#[cfg(feature = "testing")]
+#[doc(hidden)]
+pub mod testing;
 mod watch;
 mod windows;
 mod xrc;

@@ -103,6 +103,13 @@ impl Srq {
 }
 
 impl Engine {
+    /// Bytes of the rings of a session's shared receive queues.
+    #[cfg(feature = "testing")]
+    pub(crate) fn srq_memory(&self, session: Handle) -> u64 {
+        let own = self.srqs.iter().filter(|(_, s)| s.session == session);
+        own.map(|(_, s)| s.memory.len).sum()
+    }
+
     pub(crate) fn own_srq(&mut self, session: Handle, srq: Handle) -> Result<&mut Srq, Errno> {
         self.srqs
             .get_mut(srq)

@@ -16,12 +16,19 @@ use crate::objects::Mr;
 /// Memory window.
 #[derive(Debug)]
 pub(crate) struct Window {
-    session: Handle,
+    pub(crate) session: Handle,
     pub(crate) context: Handle,
-    pd: Handle,
+    pub(crate) pd: Handle,
     kind: MwType,
     key: Key,
     binding: Option<Binding>,
+}
+
+#[cfg(feature = "testing")]
+impl Window {
+    pub(crate) fn is_bound_to(&self, mr: Handle) -> bool {
+        self.binding.is_some_and(|b| b.mr == mr)
+    }
 }
 
 /// What a bound window shows.

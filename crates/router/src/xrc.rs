@@ -32,6 +32,17 @@ pub(crate) struct XrcState {
     recent_srqns: VecDeque<u32>,
 }
 
+#[cfg(feature = "testing")]
+impl XrcState {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.domains.iter().next().is_none()
+            && self.xrcds.iter().next().is_none()
+            && self.opens.iter().next().is_none()
+            && self.by_file.is_empty()
+            && self.by_srqn.is_empty()
+    }
+}
+
 /// What names a domain that is shared.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct SharedFile {
