@@ -4,6 +4,7 @@ mod bench;
 mod cargo;
 mod demo;
 mod dist;
+mod fuzz;
 mod measure;
 mod packages;
 mod test;
@@ -22,6 +23,8 @@ enum Task {
     Test(test::TestArgs),
     /// Build target/dist: bin/freeflow and the libraries
     Dist,
+    /// Fuzz the router's engine and its messages
+    Fuzz(fuzz::FuzzArgs),
     /// Measure speed and cost beside their peers, as a table and as JSON
     Bench(bench::BenchArgs),
     /// Run a script in a virtual machine with a kernel RDMA device
@@ -33,6 +36,7 @@ fn main() -> ExitCode {
     let done = match Task::parse() {
         Task::Demo => demo::demo().map(success),
         Task::Test(args) => test::test(&args).map(success),
+        Task::Fuzz(args) => fuzz::fuzz(&args).map(success),
         Task::Dist => dist::dist()
             .map(|dir| println!("{}", dir.display()))
             .map(success),

@@ -1,0 +1,29 @@
+//! What is fuzzed: plain functions over bytes, run by libFuzzer (`cargo xtask fuzz`) and, on the
+//! corpora and on past crashes, by ordinary tests.
+//!
+//! A body panics if something is wrong: the router's engine panics or does not come to rest, an
+//! object is lost or kept, memory of another tenant changes, an honest session ends.
+
+#![forbid(unsafe_code)]
+
+mod cast;
+mod messages;
+mod rings;
+mod verbs;
+mod work;
+
+pub use messages::messages;
+pub use rings::rings;
+pub use verbs::verbs;
+pub use work::work;
+
+/// A body.
+pub type Body = fn(&[u8]);
+
+/// All bodies, by the names of their targets.
+pub const BODIES: [(&str, Body); 4] = [
+    ("messages", messages),
+    ("verbs", verbs),
+    ("rings", rings),
+    ("work", work),
+];
