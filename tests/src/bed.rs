@@ -7,8 +7,13 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use freeflow_api::{
+    CONTROL_VERSION, ControlAnswer, ControlRequest, MAX_CONTROL_BYTES, NewEndpoint, Operation,
+};
+use rustix::net::RecvFlags;
 use tempfile::TempDir;
 
+use crate::raw::{dial, say};
 use crate::{DEADLINE, Ended, Running, free_port, wait_for_listener};
 
 /// The directory with `bin` and `lib`, as `cargo xtask dist` makes it: `FREEFLOW_DIST`, or
@@ -37,18 +42,29 @@ pub struct Bed {
 impl Bed {
     /// Starts a router and waits until it serves.
     pub fn new() -> Result<Bed> {
+        Self::under(&[])
+    }
+
+    /// As [`Self::new`], with another program that executes the router: its arguments come before
+    /// the router's command line.
+    pub fn under(wrapper: &[&str]) -> Result<Bed> {
         // Sockets' paths are short: not below a directory that may be long.
         let dir = tempfile::Builder::new()
             .prefix("ffbed")
             .tempdir_in("/tmp")?;
-        let mut command = freeflow(dir.path());
-        let router = Running::start(command.arg("router"))?;
-        router.wait_for("router serves", DEADLINE)?;
         Ok(Bed {
-            router,
+            router: serve(dir.path(), wrapper)?,
             dir,
             next: AtomicU16::new(1),
         })
+    }
+
+    /// Kills the router, if it lives, and starts another at the same runtime directory.
+    pub fn restart(&mut self) -> Result<()> {
+        self.router.signal(rustix::process::Signal::KILL);
+        self.router.reap(DEADLINE)?;
+        self.router = serve(self.dir.path(), &[])?;
+        Ok(())
     }
 
     /// The router's runtime directory.
@@ -77,6 +93,17 @@ impl Bed {
         serde_json::from_str(&said.stdout).context("status is no JSON")
     }
 
+    /// Asks the router over its control socket, as the `freeflow` command does.
+    pub fn control(&self, body: Operation) -> Result<ControlAnswer> {
+        let socket = dial(&self.dir().join("router.sock"))?;
+        let version = CONTROL_VERSION;
+        let bytes = serde_json::to_vec(&ControlRequest { version, body })?;
+        say(&socket, &bytes, &[])?;
+        let mut buffer = vec![0; MAX_CONTROL_BYTES];
+        let packet = freeflow_shm::recv_packet(&socket, &mut buffer, RecvFlags::empty())?;
+        serde_json::from_slice(&buffer[..packet.len]).context("the router's answer")
+    }
+
     /// Waits until the status is as wanted; the last one is in the error.
     pub fn wait_for_status(
         &self,
@@ -85,7 +112,10 @@ impl Bed {
     ) -> Result<()> {
         let until = Instant::now() + deadline;
         loop {
-            let status = self.status()?;
+            let ControlAnswer::Status(status) = self.control(Operation::Status)? else {
+                bail!("the router does not say its status");
+            };
+            let status = serde_json::to_value(status)?;
             if wanted(&status) {
                 return Ok(());
             }
@@ -105,6 +135,20 @@ impl Bed {
             bed: self,
             ip: IpAddr::from([10, 78, high, low]),
             tenant: "default".to_owned(),
+        }
+    }
+
+    /// Creates an endpoint that stays, for clients that are no programs of `freeflow run`.
+    pub fn lasting_endpoint(&self, tenant: &str) -> Result<Lasting> {
+        let endpoint = self.endpoint();
+        let answer = self.control(Operation::CreateEndpoint(NewEndpoint {
+            ip: Some(endpoint.ip),
+            tenant: Some(tenant.to_owned()),
+            ..NewEndpoint::default()
+        }))?;
+        match answer {
+            ControlAnswer::Created { name, socket, .. } => Ok(Lasting { name, socket }),
+            other => bail!("no endpoint: {other:?}"),
         }
     }
 
@@ -142,6 +186,29 @@ impl Bed {
     }
 }
 
+fn serve(runtime_dir: &Path, wrapper: &[&str]) -> Result<Running> {
+    let mut router = freeflow(runtime_dir);
+    router.arg("router");
+    let mut command = match wrapper.split_first() {
+        Some((program, args)) => {
+            let mut command = Command::new(program);
+            command.args(args).arg(router.get_program());
+            command.args(router.get_args());
+            for (name, value) in router.get_envs() {
+                match value {
+                    Some(value) => command.env(name, value),
+                    None => command.env_remove(name),
+                };
+            }
+            command
+        }
+        None => router,
+    };
+    let router = Running::start(&mut command)?;
+    router.wait_for("router serves", DEADLINE)?;
+    Ok(router)
+}
+
 fn freeflow(runtime_dir: &Path) -> Command {
     let mut command = Command::new(dist().join("bin/freeflow"));
     command
@@ -150,6 +217,15 @@ fn freeflow(runtime_dir: &Path) -> Command {
         .env_remove("FREEFLOW_ENDPOINT")
         .env_remove("LD_LIBRARY_PATH");
     command
+}
+
+/// An endpoint that stays until it is removed.
+#[derive(Clone, Debug)]
+pub struct Lasting {
+    /// Its name.
+    pub name: String,
+    /// Its socket.
+    pub socket: PathBuf,
 }
 
 /// An endpoint to be: it exists as long as a program runs on it.

@@ -4,16 +4,23 @@
 //! what was skipped and says so at its end. Every wait has a deadline.
 
 mod bed;
+mod footprint;
 mod machine;
 mod place;
 mod port;
 mod process;
+mod victim;
 
-pub use bed::{Bed, Endpoint, dist};
+pub mod raw;
+pub mod rig;
+
+pub use bed::{Bed, Endpoint, Lasting, dist};
+pub use footprint::Footprint;
 pub use machine::{TcpPair, have, is_root, program, skip};
 pub use place::Place;
 pub use port::{free_port, wait_for_listener, wait_for_listener_of};
 pub use process::{Ended, Running, descendants, wait_until};
+pub use victim::Victim;
 
 use std::time::Duration;
 

@@ -186,6 +186,20 @@ impl Running {
         }
     }
 
+    /// Waits until the program has ended, and leaves what it said in place.
+    pub fn reap(&mut self, deadline: Duration) -> Result<ExitStatus> {
+        let until = Instant::now() + deadline;
+        loop {
+            if let Some(status) = self.child.try_wait().context("cannot wait")? {
+                return Ok(status);
+            }
+            if Instant::now() > until {
+                bail!("{} is not done after {deadline:?}", self.command);
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
     fn kill_group(&self) {
         if let Some(pid) = rustix::process::Pid::from_raw(self.pid() as i32) {
             let _ = rustix::process::kill_process_group(pid, rustix::process::Signal::KILL);
