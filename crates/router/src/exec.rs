@@ -161,6 +161,11 @@ impl Engine {
         let (responder_pd, srq) = self.target(peer, request)?;
         let responder = (peer, responder_pd);
         if opcode.consumes_recv() {
+            let begun = self.qps.get(peer).is_some_and(|p| p.taken.is_some());
+            if *done != 0 && !begun {
+                // The peer was reset amid the message: its rest belongs to nothing that is there.
+                return Err(Outcome::NoResponse);
+            }
             self.take_recv(peer, srq)?;
             self.leave_line(qp);
         }

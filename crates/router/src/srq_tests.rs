@@ -690,6 +690,38 @@ fn the_last_request_that_was_taken_completes_before_the_event() {
 }
 
 #[test]
+fn a_message_to_a_receiver_that_was_reset_begins_anew() {
+    let mut f = field(1, 4);
+    let (near, far) = (f.host.reg(&f.there, BIG), f.host.reg(&f.here, 2 * BIG));
+    let sge = |key: Key, addr| Sge {
+        addr,
+        length: BIG as u32,
+        lkey: key.0,
+    };
+    let memory = |f: &Field, p: &Process| {
+        let s = f.host.engine.sessions.get(p.session).unwrap();
+        s.segments.mapping(0).unwrap().clone()
+    };
+    let data: Vec<u8> = (0..BIG).map(|at| (at >> 16) as u8 | 1).collect();
+    memory(&f, &f.there).write(0, &data).unwrap();
+    f.host.try_post(&f.here, &mut f.srq, 1, &[sge(far, 0)]);
+    f.host.send(&f.there, f.senders[0], 0, &[sge(near, 0)], 0);
+    f.host.round();
+    // A part has arrived. The receiver forgets it and is connected again.
+    f.host.set_state(&f.here, f.receivers[0], QpState::Reset);
+    let (qpn, gid) = (f.senders[0].qpn, f.there.gid);
+    f.host.connect_own(&f.here, f.receivers[0], (gid, qpn));
+    f.host.try_post(&f.here, &mut f.srq, 2, &[sge(far, BIG)]);
+    f.host.settle();
+    f.host.now += 1_000_000_000;
+    f.host.settle();
+    assert_eq!(f.host.ids(&mut f.cqs[0]), [2]);
+    let mut got = vec![0; BIG as usize];
+    memory(&f, &f.here).read(BIG, &mut got).unwrap();
+    assert!(got == data, "a message without its first part");
+}
+
+#[test]
 fn a_queue_is_busy_while_queue_pairs_use_it_and_leaves_nothing() {
     let mut f = field(2, 4);
     let destroy = Request::DestroySrq { srq: f.srq.handle };
