@@ -99,6 +99,7 @@ pub(crate) struct Engine {
     pub(crate) timers: BTreeSet<(u64, u32)>,
     /// When sessions without work are looked for, even if others are busy.
     cool_due: u64,
+    pub(crate) dead: Vec<Session>,
     /// Sessions that must end, found in the data path.
     pub(crate) ending: Vec<Handle>,
     pub(crate) ended: VecDeque<freeflow_api::EndedSession>,
@@ -144,6 +145,7 @@ impl Engine {
             line: VecDeque::new(),
             timers: BTreeSet::new(),
             cool_due: 0,
+            dead: Vec::new(),
             ending: Vec::new(),
             ended: VecDeque::new(),
             now: 0,

@@ -176,7 +176,14 @@ impl Engine {
         }
         if let Some(s) = self.sessions.remove(session) {
             self.settle(&s);
+            self.dead.push(s);
         }
+    }
+
+    /// Sessions that have ended. To drop one unmaps and frees its memory, which takes its time:
+    /// not while others wait for the engine.
+    pub(crate) fn take_dead(&mut self) -> Vec<Session> {
+        std::mem::take(&mut self.dead)
     }
 
     /// Ends the sessions that the data path condemned.

@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ use crate::Config;
 use crate::engine::{Engine, Polled};
 use crate::events::StreamId;
 use crate::foreign::Opener;
+use crate::objects::Session;
 use crate::sandbox::{self, Confinement, Job};
 use crate::watch::Progress;
 
@@ -39,6 +41,16 @@ pub(crate) struct Shared {
     /// Of each thread that is confined.
     confinement: Mutex<Vec<Confinement>>,
     pub(crate) progress: Progress,
+    graves: Sender<Vec<Session>>,
+}
+
+/// A thread that drops the sessions that are sent to it, until nobody can send any more.
+fn undertaker() -> std::io::Result<Sender<Vec<Session>>> {
+    let (graves, dead) = std::sync::mpsc::channel::<Vec<Session>>();
+    std::thread::Builder::new()
+        .name("ff-bury".into())
+        .spawn(move || dead.into_iter().for_each(drop))?;
+    Ok(graves)
 }
 
 impl Shared {
@@ -54,6 +66,7 @@ impl Shared {
             engine: FairMutex::new(engine),
             confinement: Mutex::default(),
             progress: Progress::default(),
+            graves: undertaker().map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::AGAIN))?,
             asleep: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             kick,
@@ -73,13 +86,23 @@ impl Shared {
         engine.now = self.now();
         let result = f(&mut engine);
         engine.reap();
+        let dead = engine.take_dead();
         MutexGuard::unlock_fair(engine);
+        self.bury(dead);
         // SeqCst: the polling thread sets the flag before it looks at the engine for the last
         // time; it saw our change, or we see its flag.
         if self.asleep.load(Ordering::SeqCst) {
             self.kick.ring();
         }
         result
+    }
+
+    /// Drops sessions in a thread that nobody waits for.
+    fn bury(&self, dead: Vec<Session>) {
+        if !dead.is_empty() {
+            // Without that thread they are dropped here.
+            let _ = self.graves.send(dead);
+        }
     }
 
     pub(crate) fn request_stop(&self) {
@@ -131,6 +154,7 @@ impl Shared {
             self.progress.begin(now);
             let polled = engine.poll(now, &self.progress);
             engine.reap();
+            let dead = engine.take_dead();
             self.progress.end();
             match polled {
                 Polled::Busy => {
@@ -158,6 +182,7 @@ impl Shared {
                     idle_rounds = 0;
                 }
             }
+            self.bury(dead);
         }
     }
 

@@ -63,6 +63,7 @@ impl Host {
     /// Removes an endpoint.
     pub fn remove_endpoint(&mut self, endpoint: Handle) {
         self.engine.remove_endpoint(endpoint);
+        self.engine.take_dead();
     }
 
     /// Begins a session of a process whose memory cannot be reached.
@@ -98,6 +99,7 @@ impl Host {
         self.now = self.now.saturating_add(later);
         self.engine.poll(self.now, &self.progress);
         self.engine.reap();
+        self.engine.take_dead();
     }
 
     /// Watches all sessions and runs rounds until there is nothing to do at this time. False if
@@ -123,6 +125,7 @@ impl Host {
     /// Ends a session as the end of its connection does.
     pub fn close(&mut self, session: Handle) {
         self.engine.end_session(session, EndReason::Closed);
+        self.engine.take_dead();
     }
 
     /// Ring memory of a session: a slab.
