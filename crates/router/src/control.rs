@@ -238,40 +238,29 @@ impl Engine {
 
     /// Removes a context with all that is left in it, in the order that uses allow.
     pub(crate) fn remove_context(&mut self, context: Handle) {
-        fn of<T>(
-            table: &crate::table::Table<T>,
-            context: Handle,
-            owner: impl Fn(&T) -> Handle,
-        ) -> Vec<Handle> {
-            table
-                .iter()
-                .filter(|(_, t)| owner(t) == context)
-                .map(|(h, _)| h)
-                .collect()
-        }
-        for qp in of(&self.qps, context, |q| q.context) {
+        for qp in self.qps.of(context) {
             self.remove_qp(qp);
         }
-        for srq in of(&self.srqs, context, |s| s.context) {
+        for srq in self.srqs.of(context) {
             self.remove_srq(srq);
         }
         self.remove_xrc_of(context);
-        for cq in of(&self.cqs, context, |c| c.context) {
+        for cq in self.cqs.of(context) {
             self.remove_cq(cq);
         }
-        for mw in of(&self.windows, context, |w| w.context) {
+        for mw in self.windows.of(context) {
             self.remove_window(mw);
         }
-        for mr in of(&self.mrs, context, |m| m.context) {
+        for mr in self.mrs.of(context) {
             self.remove_mr(mr);
         }
-        for dm in of(&self.dms, context, |d| d.context) {
+        for dm in self.dms.of(context) {
             self.remove_dm(dm);
         }
-        for channel in of(&self.channels, context, |c| c.context) {
+        for channel in self.channels.of(context) {
             self.remove_channel(channel);
         }
-        for pd in of(&self.pds, context, |p| p.context) {
+        for pd in self.pds.of(context) {
             self.remove_pd(pd);
         }
         if let Some(c) = self.contexts.remove(context)

@@ -71,9 +71,7 @@ impl Engine {
 
     /// Removes an endpoint and ends its sessions.
     pub(crate) fn remove_endpoint(&mut self, endpoint: Handle) {
-        let of = |(h, s): (Handle, &Session)| (s.endpoint == endpoint).then_some(h);
-        let sessions: Vec<_> = self.sessions.iter().filter_map(of).collect();
-        for session in sessions {
+        for session in self.sessions.of(endpoint) {
             self.end_session(session, EndReason::EndpointRemoved);
         }
         if let Some(e) = self.endpoints.remove(endpoint) {
@@ -164,14 +162,7 @@ impl Engine {
         }
         // Whoever still holds the socket sees its end; the control thread too.
         let _ = rustix::net::shutdown(&*s.socket, rustix::net::Shutdown::Both);
-        let own = |owner: Handle| owner == session;
-        let contexts: Vec<_> = self
-            .contexts
-            .iter()
-            .filter(|(_, c)| own(c.session))
-            .map(|(h, _)| h)
-            .collect();
-        for context in contexts {
+        for context in self.contexts.of(session) {
             self.remove_context(context);
         }
         if let Some(s) = self.sessions.remove(session) {
@@ -206,9 +197,9 @@ impl Engine {
                 socket: e.socket.clone(),
                 sessions: self
                     .sessions
-                    .iter()
-                    .filter(|(_, s)| s.endpoint == handle)
-                    .map(|(_, s)| s.status())
+                    .of(handle)
+                    .into_iter()
+                    .filter_map(|session| Some(self.sessions.get(session)?.status()))
                     .collect(),
                 counters: e.counters.clone(),
             })

@@ -21,6 +21,7 @@ use crate::held::Held;
 use crate::keys::Keys;
 use crate::memory::{Areas, Range};
 use crate::srq::Ticket;
+use crate::table::{NONE, Owned};
 use crate::xrc::XrcRecv;
 
 /// A container's virtual NIC on this host.
@@ -367,6 +368,35 @@ impl QpObject {
     pub(crate) fn send_entries(&self) -> u64 {
         let entries = |r: &Rings| r.geometry.send_entries().into();
         self.rings.as_ref().map_or(0, entries)
+    }
+}
+
+/// Objects end with the context that they were made in, contexts with their session, sessions
+/// with their endpoint.
+macro_rules! owned {
+    ($($object:ident by $owner:ident,)+) => {
+        $(impl Owned for $object {
+            fn owner(&self) -> Handle {
+                self.$owner
+            }
+        })+
+    };
+}
+
+owned! {
+    Session by endpoint,
+    Context by session,
+    Pd by context,
+    Channel by context,
+    Mr by context,
+    Dm by context,
+    Cq by context,
+    QpObject by context,
+}
+
+impl Owned for Endpoint {
+    fn owner(&self) -> Handle {
+        NONE
     }
 }
 

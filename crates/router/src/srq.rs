@@ -24,7 +24,7 @@ use crate::engine::Engine;
 use crate::exec::{Request, Step};
 use crate::memory::Range;
 use crate::objects::{Slot, TakenRecv, Waiting, bytes_of_words};
-use crate::table::NONE;
+use crate::table::{NONE, Owned};
 use crate::xrc::XrcMember;
 
 /// Shared receive queue.
@@ -99,6 +99,12 @@ impl Srq {
             retired: own.0.into(),
             sges,
         })
+    }
+}
+
+impl Owned for Srq {
+    fn owner(&self) -> Handle {
+        self.context
     }
 }
 

@@ -2,6 +2,7 @@
 //! used again.
 
 use freeflow_session::Handle;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 const SLOT_BITS: u32 = 20;
 const SLOT_MASK: u32 = (1 << SLOT_BITS) - 1;
@@ -9,11 +10,18 @@ const SLOT_MASK: u32 = (1 << SLOT_BITS) - 1;
 /// The handle of an object that is not there: no table ever gives it.
 pub(crate) const NONE: Handle = Handle(0);
 
-/// Objects of one kind, found by handle in constant time.
+/// What lies in a table.
+pub(crate) trait Owned {
+    /// What it ends with, [`NONE`] if nothing; it never changes.
+    fn owner(&self) -> Handle;
+}
+
+/// Objects of one kind, found by handle in constant time, and by owner.
 #[derive(Debug)]
 pub(crate) struct Table<T> {
     entries: Vec<Entry<T>>,
     free: std::collections::VecDeque<u32>,
+    by_owner: FxHashMap<Handle, FxHashSet<Handle>>,
 }
 
 #[derive(Debug)]
@@ -27,11 +35,12 @@ impl<T> Default for Table<T> {
         Table {
             entries: Vec::new(),
             free: Default::default(),
+            by_owner: FxHashMap::default(),
         }
     }
 }
 
-impl<T> Table<T> {
+impl<T: Owned> Table<T> {
     /// Adds an object; `None` if the table is full.
     pub(crate) fn insert(&mut self, value: T) -> Option<Handle> {
         // First in, first out: a slot rests as long as possible before it is used again.
@@ -47,8 +56,21 @@ impl<T> Table<T> {
             None => return None,
         };
         let entry = self.entries.get_mut(slot as usize)?;
+        let handle = Handle(entry.generation << SLOT_BITS | slot);
+        let owner = value.owner();
         entry.value = Some(value);
-        Some(Handle(entry.generation << SLOT_BITS | slot))
+        if owner != NONE {
+            self.by_owner.entry(owner).or_default().insert(handle);
+        }
+        Some(handle)
+    }
+
+    /// All objects of an owner, always in the same order.
+    pub(crate) fn of(&self, owner: Handle) -> Vec<Handle> {
+        let own = self.by_owner.get(&owner);
+        let mut own: Vec<_> = own.into_iter().flatten().copied().collect();
+        own.sort_unstable_by_key(|handle| handle.0);
+        own
     }
 
     fn entry(&self, handle: Handle) -> Option<&Entry<T>> {
@@ -82,6 +104,13 @@ impl<T> Table<T> {
         entry.generation = (entry.generation + 1) & (u32::MAX >> SLOT_BITS);
         entry.generation = entry.generation.max(1);
         self.free.push_back(slot);
+        let owner = value.owner();
+        if let Some(own) = self.by_owner.get_mut(&owner) {
+            own.remove(&handle);
+            if own.is_empty() {
+                self.by_owner.remove(&owner);
+            }
+        }
         Some(value)
     }
 
@@ -97,6 +126,28 @@ impl<T> Table<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    impl Owned for &str {
+        fn owner(&self) -> Handle {
+            Handle(self.len() as u32)
+        }
+    }
+
+    #[test]
+    fn objects_are_found_by_their_owner() {
+        let mut table = Table::default();
+        let [a, b, c] = ["x", "y", "long"].map(|s| table.insert(s).unwrap());
+        assert_eq!(table.of(Handle(1)), [a, b]);
+        table.remove(a);
+        assert_eq!(table.of(Handle(1)), [b]);
+        assert_eq!(table.of(Handle(4)), [c]);
+        table.remove(b);
+        table.remove(c);
+        assert_eq!(table.of(Handle(4)), []);
+        assert!(table.by_owner.is_empty());
+        table.insert("").unwrap();
+        assert!(table.by_owner.is_empty());
+    }
 
     #[test]
     fn an_old_handle_finds_nothing() {
@@ -118,7 +169,7 @@ mod tests {
     fn generations_wrap_without_zero() {
         let mut table = Table::default();
         for _ in 0..10_000 {
-            let handle = table.insert(()).unwrap();
+            let handle = table.insert("").unwrap();
             assert_ne!(handle.0 >> SLOT_BITS, 0);
             table.remove(handle);
         }

@@ -14,7 +14,7 @@ use crate::engine::{Engine, Polled};
 use crate::foreign::Opener;
 use crate::held::Held;
 use crate::objects::Peer;
-use crate::table::Table;
+use crate::table::{Owned, Table};
 use crate::watch::Progress;
 use crate::{EndReason, EndpointSpec};
 
@@ -155,7 +155,7 @@ impl Host {
     pub fn check(&self) -> Result<(), String> {
         let e = &self.engine;
         for (session, s) in e.sessions.iter() {
-            fn of<T>(table: &Table<T>, session: Handle, owner: fn(&T) -> Handle) -> u32 {
+            fn of<T: Owned>(table: &Table<T>, session: Handle, owner: fn(&T) -> Handle) -> u32 {
                 table.iter().filter(|(_, t)| owner(t) == session).count() as u32
             }
             let rings: u64 = e
@@ -277,7 +277,7 @@ impl Host {
 
     /// Whether nothing of any session is left.
     pub fn is_empty(&self) -> bool {
-        fn none<T>(table: &Table<T>) -> bool {
+        fn none<T: Owned>(table: &Table<T>) -> bool {
             table.iter().next().is_none()
         }
         let e = &self.engine;

@@ -12,6 +12,7 @@ use crate::engine::Engine;
 use crate::exec::Request;
 use crate::keys::{Named, TAG};
 use crate::objects::Mr;
+use crate::table::Owned;
 
 /// Memory window.
 #[derive(Debug)]
@@ -43,6 +44,12 @@ struct Binding {
     access: Access,
     /// Type 2: the only queue pair whose peer may use it.
     qp: Option<Handle>,
+}
+
+impl Owned for Window {
+    fn owner(&self) -> Handle {
+        self.context
+    }
 }
 
 impl Engine {

@@ -19,7 +19,7 @@ use crate::control::{Outcome, QPNS_AT_REST, created, done, random_u32};
 use crate::engine::Engine;
 use crate::exec::Request;
 use crate::objects::{QpObject, Waiting};
-use crate::table::{NONE, Table};
+use crate::table::{NONE, Owned, Table};
 
 /// All state of XRC.
 #[derive(Debug, Default)]
@@ -40,6 +40,25 @@ impl XrcState {
             && self.opens.iter().next().is_none()
             && self.by_file.is_empty()
             && self.by_srqn.is_empty()
+    }
+}
+
+impl Owned for Domain {
+    /// It ends with the last who has it open.
+    fn owner(&self) -> Handle {
+        NONE
+    }
+}
+
+impl Owned for Xrcd {
+    fn owner(&self) -> Handle {
+        self.context
+    }
+}
+
+impl Owned for Open {
+    fn owner(&self) -> Handle {
+        self.context
     }
 }
 
@@ -185,14 +204,10 @@ impl Engine {
 
     /// Removes what a context has left of XRC, once its shared receive queues are gone.
     pub(crate) fn remove_xrc_of(&mut self, context: Handle) {
-        let of = |o: &(Handle, &Open)| o.1.context == context;
-        let opens: Vec<_> = self.xrc.opens.iter().filter(of).map(|o| o.0).collect();
-        for open in opens {
+        for open in self.xrc.opens.of(context) {
             self.remove_open(open);
         }
-        let of = |x: &(Handle, &Xrcd)| x.1.context == context;
-        let xrcds: Vec<_> = self.xrc.xrcds.iter().filter(of).map(|x| x.0).collect();
-        for xrcd in xrcds {
+        for xrcd in self.xrc.xrcds.of(context) {
             self.remove_xrcd(xrcd);
         }
     }
