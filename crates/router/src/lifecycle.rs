@@ -162,10 +162,20 @@ impl Engine {
         }
         // Whoever still holds the socket sees its end; the control thread too.
         let _ = rustix::net::shutdown(&*s.socket, rustix::net::Shutdown::Both);
+        // The library still reads its rings: what was completed, and what is to be flushed. They go
+        // as a whole, when it lets go of them, and are not emptied one by one.
+        let memory = self.sessions.get_mut(session).map(|s| {
+            let (slabs, segments) = (Areas::slabs(), Areas::segments());
+            let slabs = std::mem::replace(&mut s.slabs, slabs);
+            (slabs, std::mem::replace(&mut s.segments, segments))
+        });
         for context in self.contexts.of(session) {
             self.remove_context(context);
         }
-        if let Some(s) = self.sessions.remove(session) {
+        if let Some(mut s) = self.sessions.remove(session) {
+            if let Some((slabs, segments)) = memory {
+                (s.slabs, s.segments) = (slabs, segments);
+            }
             self.settle(&s);
             self.dead.push(s);
         }
