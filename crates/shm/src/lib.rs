@@ -4,8 +4,8 @@
 //!
 //! * [`Mapping`] (unsafe inside) maps a sealed memfd and lends it as `&[AtomicU64]`; every
 //!   access through that slice is bounds-checked and free of data races by type.
-//! * the ring views ([`QpRings`], [`SrqRing`], [`CqRing`], [`DirtyMap`]) are safe code over such slices, so
-//!   that loom checks the very code that runs.
+//! * the views ([`QpRings`], [`SrqRing`], [`CqRing`], [`DirtyMap`], [`RegionTable`]) are safe code
+//!   over such slices, so that loom checks the very code that runs.
 //!
 //! The peer of every word is hostile: an index is reduced modulo the ring before use, a distance
 //! is compared with the ring's size by the caller, and a descriptor is decoded from one copy.
@@ -13,6 +13,7 @@
 mod cq;
 mod dirty;
 mod qp;
+mod regions;
 mod srq;
 mod sync;
 mod wqe;
@@ -29,6 +30,7 @@ mod peer;
 pub use cq::{ARM_ANY, ARM_SOLICITED, CqRing};
 pub use dirty::{DirtyMap, MAX_SLOTS};
 pub use qp::{QpGeometry, QpRings};
+pub use regions::{RegionEntry, RegionTable};
 pub use srq::{SrqGeometry, SrqRing};
 pub use sync::AtomicU64;
 pub use wqe::{Bind, CompletionEntry, RecvEntry, SendEntry, Sge};

@@ -15,15 +15,15 @@ fn store(words: &[AtomicU64], at: usize, value: u64) {
     words[at].store(value, Ordering::Relaxed);
 }
 
-const fn low(word: u64) -> u32 {
+pub(crate) const fn low(word: u64) -> u32 {
     word as u32
 }
 
-const fn high(word: u64) -> u32 {
+pub(crate) const fn high(word: u64) -> u32 {
     (word >> 32) as u32
 }
 
-const fn pair(low: u32, high: u32) -> u64 {
+pub(crate) const fn pair(low: u32, high: u32) -> u64 {
     low as u64 | (high as u64) << 32
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use freeflow_shm::{
     ARM_ANY, AtomicU64, CompletionEntry, CqRing, DirtyMap, QpGeometry, QpRings, RecvEntry,
-    SrqGeometry, SrqRing,
+    RegionEntry, RegionTable, SrqGeometry, SrqRing,
 };
 use loom::thread;
 
@@ -173,5 +173,97 @@ fn a_shared_receive_is_seen_and_its_slot_comes_back() {
         assert_eq!(head, posted);
         // The second one is posted only if the slot came back in time.
         assert_eq!(seen, [10, 11][..posted as usize]);
+    });
+}
+
+/// What a region leads to: loom reports every access that another one does not happen before.
+struct Memory(loom::cell::UnsafeCell<u64>);
+
+// SAFETY: that no two threads use it at once is what the model checks.
+unsafe impl Sync for Memory {}
+// SAFETY: as above.
+unsafe impl Send for Memory {}
+
+impl Memory {
+    fn write(&self, value: u64) {
+        // SAFETY: loom fails the model if another access is not ordered with this one.
+        self.0.with_mut(|at| unsafe { *at = value });
+    }
+}
+
+/// One use of the table, as the router's turn is.
+fn use_region(table: &RegionTable<'_>, turn: u64, keys: &[u32], memory: &[Memory]) {
+    table.begin_use(turn);
+    for &key in keys {
+        if let Some(entry) = table.lookup(0, key) {
+            // Never a part of one region and a part of another.
+            assert_eq!(entry.len, entry.offset + 100);
+            memory[entry.offset as usize].write(key.into());
+        }
+    }
+    table.end_use(turn + 1);
+}
+
+fn entry(offset: u64) -> RegionEntry {
+    RegionEntry {
+        offset,
+        len: offset + 100,
+        ..RegionEntry::default()
+    }
+}
+
+/// The memory of a region is the program's own again once it is deregistered, and its slot may be
+/// written, while the router uses the table again and again.
+#[test]
+fn deregistered_memory_is_not_accessed() {
+    bounded(|| {
+        let words = words(RegionTable::words(1));
+        let memory = || Memory(loom::cell::UnsafeCell::new(0));
+        let memory = Arc::new([memory(), memory()]);
+        RegionTable::new(&words, 1)
+            .unwrap()
+            .register(0, 5, &entry(0));
+        let router = {
+            let (words, memory) = (words.clone(), memory.clone());
+            thread::spawn(move || {
+                let table = RegionTable::new(&words, 1).unwrap();
+                use_region(&table, 1, &[5, 6], &*memory);
+                use_region(&table, 3, &[6, 5], &*memory);
+            })
+        };
+        let table = RegionTable::new(&words, 1).unwrap();
+        assert!(table.deregister(0, 5));
+        if let Some(number) = table.in_use() {
+            while !table.is_over(number) {
+                thread::yield_now();
+            }
+        }
+        memory[0].write(1);
+        // The slot's next life.
+        table.register(0, 6, &entry(1));
+        router.join().unwrap();
+    });
+}
+
+/// A region that is registered is found by whoever learned its key.
+#[test]
+fn a_registered_region_is_found() {
+    bounded(|| {
+        let words = words(RegionTable::words(1));
+        let key = Arc::new(AtomicU64::new(0));
+        let library = {
+            let (words, key) = (words.clone(), key.clone());
+            thread::spawn(move || {
+                let table = RegionTable::new(&words, 1).unwrap();
+                table.register(0, 5, &entry(7));
+                key.store(5, std::sync::atomic::Ordering::Release);
+            })
+        };
+        let table = RegionTable::new(&words, 1).unwrap();
+        let known = key.load(std::sync::atomic::Ordering::Acquire) as u32;
+        let found = table.lookup(0, 5);
+        assert!(found.is_none_or(|found| found == entry(7)));
+        assert!(known == 0 || found.is_some());
+        library.join().unwrap();
     });
 }
