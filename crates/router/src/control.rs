@@ -103,6 +103,10 @@ impl Engine {
             Request::AllocNullMr { pd } => self.alloc_null_mr(session, pd),
             Request::AdviseMr(request) => self.advise_mr(session, &request),
             Request::DeregMr { mr } => self.dereg_mr(session, mr),
+            Request::ExchangeSlots(request) => self.exchange_slots(session, &request),
+            Request::AdoptMr { slot } => self.adopt_mr(session, slot),
+            // Whoever executes messages holds the engine, which is between two rounds then.
+            Request::Settle => done(),
             Request::AllocMw(request) => self.alloc_mw(session, &request),
             Request::DeallocMw { mw } => self.dealloc_mw(session, mw),
             Request::AllocDm { context, len } => self.alloc_dm(session, context, len),

@@ -7,7 +7,7 @@ use freeflow_types::Access;
 
 use crate::engine::Engine;
 use crate::keys::Named;
-use crate::objects::{Backing, Mr};
+use crate::objects::{Backing, Mr, Piece};
 
 /// Bytes of the buffer for copies between two memories that are both foreign.
 const BOUNCE_BYTES: usize = 64 << 10;
@@ -54,17 +54,77 @@ impl Span {
     }
 }
 
+/// Offset of a range in a region; `None` if it is not all inside.
+fn offset_in((iova, size): (u64, u64), addr: u64, len: u64) -> Option<u64> {
+    let offset = addr.checked_sub(iova)?;
+    (offset.checked_add(len)? <= size).then_some(offset)
+}
+
 impl Mr {
     /// Offset of a range in the region; `None` if it is not all inside.
     pub(crate) fn offset(&self, addr: u64, len: u64) -> Option<u64> {
-        let offset = addr.checked_sub(self.iova)?;
-        (offset.checked_add(len)? <= self.len).then_some(offset)
+        offset_in((self.iova, self.len), addr, len)
+    }
+
+    fn reached(&self) -> Reached<'_> {
+        Reached {
+            session: self.session,
+            iova: self.iova,
+            len: self.len,
+            access: self.access,
+            pieces: Pieces::Of(&self.pieces),
+        }
+    }
+}
+
+/// The pieces of a region.
+enum Pieces<'a> {
+    Of(&'a [Piece]),
+    One(Piece),
+}
+
+/// A region that a key led to.
+pub(crate) struct Reached<'a> {
+    session: Handle,
+    pub(crate) iova: u64,
+    pub(crate) len: u64,
+    pub(crate) access: Access,
+    pieces: Pieces<'a>,
+}
+
+impl Reached<'_> {
+    /// A region of one piece.
+    pub(crate) fn one(
+        session: Handle,
+        (iova, len): (u64, u64),
+        access: Access,
+        piece: Piece,
+    ) -> Self {
+        Reached {
+            session,
+            iova,
+            len,
+            access,
+            pieces: Pieces::One(piece),
+        }
+    }
+
+    pub(crate) fn pieces(&self) -> &[Piece] {
+        match &self.pieces {
+            Pieces::Of(pieces) => pieces,
+            Pieces::One(piece) => std::slice::from_ref(piece),
+        }
+    }
+
+    fn offset(&self, addr: u64, len: u64) -> Option<u64> {
+        offset_in((self.iova, self.len), addr, len)
     }
 
     /// Appends the spans of a range that lies in the region.
     fn spans(&self, mut offset: u64, mut len: u64, out: &mut Vec<Span>) {
-        let first = self.pieces.partition_point(|p| p.start + p.len <= offset);
-        for piece in &self.pieces[first..] {
+        let pieces = self.pieces();
+        let first = pieces.partition_point(|p| p.start + p.len <= offset);
+        for piece in &pieces[first..] {
             if len == 0 {
                 return;
             }
@@ -91,7 +151,7 @@ impl Engine {
         session.keys.get(key)
     }
 
-    /// The region that has this key and this protection domain.
+    /// The region of the router's that has this key and this protection domain.
     pub(crate) fn keyed_region(&self, pd: Handle, key: u32) -> Option<(Handle, &Mr)> {
         let Named::Region(handle) = self.named(pd, key)? else {
             return None;
@@ -102,36 +162,42 @@ impl Engine {
 
     /// The region a local key names, and the offset in it, if work of this protection domain may
     /// use it so.
-    fn local_region(&self, pd: Handle, sge: &Sge, need: Access) -> Option<(&Mr, u64)> {
-        let (_, mr) = self.keyed_region(pd, sge.lkey)?;
-        let offset = mr.offset(sge.addr, sge.length.into())?;
-        mr.access.contains(need).then_some((mr, offset))
+    fn local_region(&mut self, pd: Handle, sge: &Sge, need: Access) -> Option<(Reached<'_>, u64)> {
+        let region = match self.named(pd, sge.lkey)? {
+            Named::Region(_) => self.keyed_region(pd, sge.lkey)?.1.reached(),
+            Named::Slot(slot) => self.posted_region(pd, slot, sge.lkey)?,
+            Named::Window(_) => return None,
+        };
+        let offset = region.offset(sge.addr, sge.length.into())?;
+        region.access.contains(need).then_some((region, offset))
     }
 
     /// The region that a remote key leads to, and the offset in it, if requests to a queue pair
     /// that are meant for a protection domain may use it so; without a range, whether they may use
     /// the whole of it.
     pub(crate) fn remote_region(
-        &self,
+        &mut self,
         (qp, pd): (Handle, Handle),
         key: u32,
         range: Option<(u64, u64)>,
         need: Access,
-    ) -> Option<(&Mr, u64)> {
-        match self.named(pd, key)? {
-            Named::Region(_) => {
-                let (_, mr) = self.keyed_region(pd, key)?;
-                let (addr, len) = range.unwrap_or((mr.iova, 0));
-                let offset = mr.offset(addr, len)?;
-                mr.access.contains(need).then_some((mr, offset))
+    ) -> Option<(Reached<'_>, u64)> {
+        let region = match self.named(pd, key)? {
+            Named::Region(_) => self.keyed_region(pd, key)?.1.reached(),
+            Named::Slot(slot) => self.posted_region(pd, slot, key)?,
+            Named::Window(mw) => {
+                let (mr, offset) = self.through_window((qp, pd), mw, key, range, need)?;
+                return Some((mr.reached(), offset));
             }
-            Named::Window(mw) => self.through_window((qp, pd), mw, key, range, need),
-        }
+        };
+        let (addr, len) = range.unwrap_or((region.iova, 0));
+        let offset = region.offset(addr, len)?;
+        region.access.contains(need).then_some((region, offset))
     }
 
     /// Appends the spans of a remote range; `None` if the key does not allow it.
     pub(crate) fn remote_spans(
-        &self,
+        &mut self,
         to: (Handle, Handle),
         key: u32,
         range: (u64, u64),
@@ -139,15 +205,15 @@ impl Engine {
         (skip, n): (u64, u64),
         out: &mut Vec<Span>,
     ) -> Option<()> {
-        let (mr, offset) = self.remote_region(to, key, Some(range), need)?;
-        mr.spans(offset + skip, n, out);
+        let (region, offset) = self.remote_region(to, key, Some(range), need)?;
+        region.spans(offset + skip, n, out);
         Some(())
     }
 
     /// Checks all elements and appends the spans of `n` bytes after the first `skip`; `None` if a
     /// key does not allow it. Elements of no bytes are not looked at.
     pub(crate) fn local_spans(
-        &self,
+        &mut self,
         pd: Handle,
         sges: &[Sge],
         need: Access,
@@ -156,11 +222,11 @@ impl Engine {
     ) -> Option<()> {
         for sge in sges.iter().filter(|sge| sge.length != 0) {
             let len = u64::from(sge.length);
-            let (mr, offset) = self.local_region(pd, sge, need)?;
+            let (region, offset) = self.local_region(pd, sge, need)?;
             let from = skip.min(len);
             let take = n.min(len - from);
             if take != 0 {
-                mr.spans(offset + from, take, out);
+                region.spans(offset + from, take, out);
             }
             skip -= from;
             n -= take;
@@ -332,7 +398,6 @@ pub(crate) enum Atomic {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::objects::Piece;
     use freeflow_types::Key;
 
     fn region() -> Mr {
@@ -381,6 +446,7 @@ mod tests {
     #[test]
     fn spans_follow_the_pieces() {
         let mr = region();
+        let mr = mr.reached();
         let span = |backing, len| Span {
             session: Handle(1),
             backing,

@@ -106,6 +106,8 @@ pub(crate) struct Engine {
     pub(crate) now: u64,
     pub(crate) request: Request,
     pub(crate) spans: (Vec<Span>, Vec<Span>),
+    /// Sessions whose tables of regions are in use.
+    pub(crate) using: Vec<Handle>,
     pub(crate) bounce: Vec<u8>,
     marks: Vec<u32>,
 }
@@ -151,6 +153,7 @@ impl Engine {
             now: 0,
             request: Request::default(),
             spans: Default::default(),
+            using: Vec::new(),
             bounce: Vec::new(),
             marks: Vec::new(),
         }
@@ -168,6 +171,7 @@ impl Engine {
                 break;
             };
             self.endpoint_turn(endpoint, progress);
+            self.end_uses();
         }
         let busy = turns != 0 || !self.line.is_empty() || !self.ending.is_empty();
         if !busy || now >= self.cool_due {

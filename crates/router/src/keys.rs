@@ -5,52 +5,71 @@ use freeflow_types::Key;
 use rustc_hash::FxHashMap;
 use rustix::io::Errno;
 
-use crate::control::random_u32;
-
 /// The low bits of a key, which the consumer chooses when it binds a window of type 2 (IBTA
 /// volume 1, 10.6.3.3).
 pub(crate) const TAG: u32 = 0xFF;
+
+/// Random numbers that are asked for at once.
+const RANDOM_AT_ONCE: usize = 64;
 
 /// What a key names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Named {
     Region(Handle),
+    /// What is in this slot of the session's table, if it lives.
+    Slot(u32),
     Window(Handle),
 }
 
 /// Everything that has a key, found in constant time. No two have keys that differ in the tag
 /// alone.
 #[derive(Debug, Default)]
-pub(crate) struct Keys(FxHashMap<u32, Named>);
+pub(crate) struct Keys {
+    named: FxHashMap<u32, Named>,
+    /// Random numbers for the next keys: one system call for many.
+    random: Vec<u32>,
+}
 
 impl Keys {
     /// A random key for something new.
-    pub(crate) fn choose(&self) -> Result<Key, Errno> {
+    pub(crate) fn choose(&mut self) -> Result<Key, Errno> {
         loop {
-            let key = random_u32()?;
-            if key > TAG && !self.0.contains_key(&(key & !TAG)) {
+            let key = self.random()?;
+            if key > TAG && !self.named.contains_key(&(key & !TAG)) {
                 return Ok(Key(key));
             }
         }
     }
 
+    fn random(&mut self) -> Result<u32, Errno> {
+        if let Some(number) = self.random.pop() {
+            return Ok(number);
+        }
+        let mut bytes = [0; 4 * RANDOM_AT_ONCE];
+        getrandom::fill(&mut bytes).map_err(|_| Errno::AGAIN)?;
+        let (numbers, _) = bytes.as_chunks();
+        let numbers = numbers.iter().map(|bytes| u32::from_ne_bytes(*bytes));
+        self.random.extend(numbers);
+        self.random.pop().ok_or(Errno::AGAIN)
+    }
+
     pub(crate) fn insert(&mut self, key: Key, named: Named) {
-        self.0.insert(key.0 & !TAG, named);
+        self.named.insert(key.0 & !TAG, named);
     }
 
     pub(crate) fn remove(&mut self, key: Key) {
-        self.0.remove(&(key.0 & !TAG));
+        self.named.remove(&(key.0 & !TAG));
     }
 
     /// How many there are.
     #[cfg(feature = "testing")]
     pub(crate) fn len(&self) -> usize {
-        self.0.len()
+        self.named.len()
     }
 
     /// What has this key or one that differs in the tag.
     pub(crate) fn get(&self, key: u32) -> Option<Named> {
-        self.0.get(&(key & !TAG)).copied()
+        self.named.get(&(key & !TAG)).copied()
     }
 }
 

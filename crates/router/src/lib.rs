@@ -25,6 +25,9 @@ mod memory;
 #[cfg(test)]
 mod memory_tests;
 mod objects;
+mod posted;
+#[cfg(test)]
+mod posted_tests;
 mod receive;
 mod regions;
 mod sandbox;
@@ -225,6 +228,23 @@ pub enum EndReason {
     /// It asks, but does not read the answers.
     #[error("does not read its answers")]
     DoesNotRead,
+    /// A region that the router would not have registered.
+    #[error(
+        "slot {slot} of the table of regions has one of {len} bytes with rights {access:#x} at \
+         offset {offset:#x} of segment {segment}, which cannot be"
+    )]
+    PostedRegion {
+        /// The slot.
+        slot: u32,
+        /// Rights that it claims.
+        access: u32,
+        /// Bytes.
+        len: u64,
+        /// Segment.
+        segment: u32,
+        /// Offset in it.
+        offset: u64,
+    },
     /// A send ring's index ran away.
     #[error("send ring of QP {qpn:#x} claims {waiting} requests, more than it holds")]
     SendIndex {

@@ -14,6 +14,7 @@ use crate::engine::Engine;
 use crate::held::Held;
 use crate::memory::Areas;
 use crate::objects::{Counts, Endpoint, Peer, Session, Watched, bytes_of_words};
+use crate::posted::Posted;
 use crate::{EndReason, EndpointSpec, RouterError};
 
 /// Sessions that ended and are still told of in the status.
@@ -107,6 +108,7 @@ impl Engine {
             slots: Vec::new(),
             free_slots: VecDeque::new(),
             keys: Default::default(),
+            posted: None,
             events_waiting: 0,
             counts: Counts::default(),
             held: Held::default(),
@@ -221,6 +223,7 @@ impl Engine {
 
 impl Session {
     fn status(&self) -> freeflow_api::SessionStatus {
+        let (posted, posted_bytes) = self.posted.as_ref().map_or((0, 0), Posted::weight);
         freeflow_api::SessionStatus {
             pid: self.peer.pid,
             uid: self.peer.uid,
@@ -229,8 +232,8 @@ impl Session {
             cqs: self.counts.cqs,
             qps: self.counts.qps,
             srqs: self.counts.srqs,
-            mrs: self.counts.mrs,
-            registered_bytes: self.counts.registered,
+            mrs: self.counts.mrs + posted,
+            registered_bytes: self.counts.registered.saturating_add(posted_bytes),
             foreign_bytes: self.counts.foreign,
             shared_bytes: self.segments.used(),
             connected_for_ms: self.since.elapsed().as_millis() as u64,

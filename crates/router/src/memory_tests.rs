@@ -22,20 +22,20 @@ use crate::foreign::Opener;
 use crate::objects::Peer;
 use crate::watch::Progress;
 
-const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 
-struct Host {
-    engine: Engine,
-    session: Handle,
-    context: Handle,
-    pd: Handle,
-    segment: u32,
-    offset: u64,
+pub(crate) struct Host {
+    pub(crate) engine: Engine,
+    pub(crate) session: Handle,
+    pub(crate) context: Handle,
+    pub(crate) pd: Handle,
+    pub(crate) segment: u32,
+    pub(crate) offset: u64,
     now: u64,
 }
 
 impl Host {
-    fn new(limits: DeviceLimits) -> Host {
+    pub(crate) fn new(limits: DeviceLimits) -> Host {
         let set = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).unwrap());
         let mut engine = Engine::new(limits, 0, Opener::Direct, set);
         let ip = freeflow_types::VirtualIp("10.0.0.1".parse().unwrap());
@@ -69,7 +69,7 @@ impl Host {
         host
     }
 
-    fn another_session(&mut self) -> Handle {
+    pub(crate) fn another_session(&mut self) -> Handle {
         let (endpoint, _) = self.engine.endpoints.iter().next().unwrap();
         let peer = Peer {
             pid: std::process::id(),
@@ -80,13 +80,13 @@ impl Host {
         session.unwrap().0
     }
 
-    fn ask(&mut self, request: Request) -> Result<Reply, Errno> {
+    pub(crate) fn ask(&mut self, request: Request) -> Result<Reply, Errno> {
         let session = self.session;
         let reply = self.engine.handle(session, request).reply;
         reply.map_err(|e| Errno::from_raw_os_error(e.0))
     }
 
-    fn make(&mut self, request: Request) -> Handle {
+    pub(crate) fn make(&mut self, request: Request) -> Handle {
         match self.ask(request).unwrap() {
             Reply::Created(handle) => handle,
             Reply::Mr(made) => made.mr,
@@ -97,7 +97,7 @@ impl Host {
         }
     }
 
-    fn translation(&self) -> Translation {
+    pub(crate) fn translation(&self) -> Translation {
         let (segment, offset) = (self.segment, self.offset);
         let kind = PieceKind::Pool { segment, offset };
         Translation {
@@ -107,7 +107,7 @@ impl Host {
         }
     }
 
-    fn reg(&mut self, access: Access) -> Request {
+    pub(crate) fn reg(&mut self, access: Access) -> Request {
         Request::RegMr(RegMr {
             pd: self.pd,
             translation: self.translation(),
@@ -115,7 +115,7 @@ impl Host {
         })
     }
 
-    fn mw(&self, kind: MwType) -> Request {
+    pub(crate) fn mw(&self, kind: MwType) -> Request {
         Request::AllocMw(AllocMw { pd: self.pd, kind })
     }
 
@@ -135,7 +135,7 @@ impl Host {
     }
 
     /// A queue pair connected to itself.
-    fn qp(&mut self) -> Handle {
+    pub(crate) fn qp(&mut self) -> Handle {
         let cq = self.make(Request::CreateCq(CreateCq {
             context: self.context,
             cqe: 4096,
@@ -213,7 +213,7 @@ impl Host {
     }
 
     /// Executes one request of a queue pair.
-    fn post(&mut self, qp: Handle, entry: &SendEntry, sges: &[Sge]) {
+    pub(crate) fn post(&mut self, qp: Handle, entry: &SendEntry, sges: &[Sge]) {
         let rings = self.engine.qps.get(qp).unwrap().rings().unwrap();
         let at = rings.send_produced();
         entry.store(QpType::Rc, rings.send_slot(at));

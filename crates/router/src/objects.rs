@@ -20,6 +20,7 @@ use crate::foreign::ForeignMemory;
 use crate::held::Held;
 use crate::keys::Keys;
 use crate::memory::{Areas, Range};
+use crate::posted::Posted;
 use crate::srq::Ticket;
 use crate::table::{NONE, Owned};
 use crate::xrc::XrcRecv;
@@ -97,6 +98,8 @@ pub(crate) struct Session {
     pub(crate) slots: Vec<Option<Slot>>,
     pub(crate) free_slots: VecDeque<u32>,
     pub(crate) keys: Keys,
+    /// Regions that the library registers itself; there once it has asked for slots.
+    pub(crate) posted: Option<Posted>,
     /// Events that wait for the program to read others.
     pub(crate) events_waiting: u32,
     pub(crate) counts: Counts,
@@ -123,6 +126,8 @@ pub(crate) struct Counts {
     pub(crate) contexts: u32,
     pub(crate) pds: u32,
     pub(crate) mrs: u32,
+    /// Slots of the table of regions that the library has: each counts as a region.
+    pub(crate) slots: u32,
     pub(crate) mws: u32,
     /// Bytes of device memory, in whole pages.
     pub(crate) device: u64,

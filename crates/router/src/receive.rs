@@ -79,7 +79,7 @@ impl Engine {
             (WcStatus::LocLenErr, Outcome::RemoteInvalidRequest)
         } else {
             let range = (headroom + done, part);
-            match self.local_spans(taken.pd, &taken.sges, Access::LOCAL_WRITE, range, out) {
+            match self.taken_spans(qp, range, out) {
                 Some(()) => return Ok(()),
                 None => (WcStatus::LocProtErr, Outcome::RemoteOperation),
             }
@@ -98,6 +98,15 @@ impl Engine {
         } else {
             Outcome::Delivered
         })
+    }
+
+    /// Spans of a part of the receive request that was taken.
+    fn taken_spans(&mut self, qp: Handle, range: (u64, u64), out: &mut Vec<Span>) -> Option<()> {
+        // To look for its regions may change the engine.
+        let taken = self.qps.get_mut(qp)?.taken.take()?;
+        let found = self.local_spans(taken.pd, &taken.sges, Access::LOCAL_WRITE, range, out);
+        self.qps.get_mut(qp)?.taken = Some(taken);
+        found
     }
 
     /// Completes the receive request that was taken.

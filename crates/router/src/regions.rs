@@ -4,7 +4,7 @@ use freeflow_session::{
     AdviseMr, DmAllocated, Handle, MrRegistered, PieceDesc, PieceKind, RegDmMr, RegMr, Reply,
     ReregMr, Translation,
 };
-use freeflow_types::Access;
+use freeflow_types::{Access, Key};
 use rustix::io::Errno;
 
 use crate::control::{Outcome, done};
@@ -38,6 +38,7 @@ impl Engine {
             request.access,
             (iova, len),
             pieces,
+            None,
             None,
         )
     }
@@ -76,7 +77,12 @@ impl Engine {
         Ok(pieces)
     }
 
-    fn add_mr(
+    /// Adds a region, with a key that its session has already or with a new one.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is one property of the region"
+    )]
+    pub(crate) fn add_mr(
         &mut self,
         session: Handle,
         pd: Handle,
@@ -84,16 +90,17 @@ impl Engine {
         (iova, len): (u64, u64),
         pieces: Vec<Piece>,
         dm: Option<Handle>,
+        key: Option<Key>,
     ) -> Outcome {
         let context = self.own_pd(session, pd)?.context;
         let limit = self.limits.max_mr;
         let s = self.session_mut(session)?;
-        if s.counts.mrs >= limit {
+        if s.counts.mrs + s.counts.slots >= limit {
             return Err(Errno::NOMEM);
         }
         self.check_session(session, Held::pieces(pieces.len()))?;
         let s = self.session_mut(session)?;
-        let key = s.keys.choose()?;
+        let key = key.map_or_else(|| s.keys.choose(), Ok)?;
         let region = Mr {
             session,
             context,
@@ -189,6 +196,7 @@ impl Engine {
             range,
             vec![everything],
             None,
+            None,
         )
     }
 
@@ -200,6 +208,13 @@ impl Engine {
             let s = self.session_mut(session)?;
             let mr = match s.keys.get(range.key.0) {
                 Some(Named::Region(mr)) => self.mrs.get(mr).filter(|m| m.key == range.key),
+                Some(Named::Slot(slot)) => {
+                    let found = s.posted.as_ref().and_then(|p| p.found(slot, range.key));
+                    let found = found.ok_or(Errno::NOENT)?;
+                    // There are no on-demand regions among them.
+                    let own = found.pd == request.pd.0;
+                    return Err(if own { Errno::INVAL } else { Errno::PERM });
+                }
                 Some(Named::Window(_)) => return Err(Errno::INVAL),
                 None => None,
             };
@@ -322,7 +337,8 @@ impl Engine {
             },
         };
         let (range, dm) = ((0, request.len), Some(request.dm));
-        self.add_mr(session, request.pd, request.access, range, vec![piece], dm)
+        let (pd, access) = (request.pd, request.access);
+        self.add_mr(session, pd, access, range, vec![piece], dm, None)
     }
 }
 

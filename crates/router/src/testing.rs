@@ -14,6 +14,7 @@ use crate::engine::{Engine, Polled};
 use crate::foreign::Opener;
 use crate::held::Held;
 use crate::objects::Peer;
+use crate::posted::Posted;
 use crate::table::{Owned, Table};
 use crate::watch::Progress;
 use crate::{EndReason, EndpointSpec};
@@ -187,7 +188,16 @@ impl Host {
                     s.counts.mws,
                     of(&e.windows, session, |w| w.session),
                 ),
-                ("keys", s.counts.mrs + s.counts.mws, s.keys.len() as u32),
+                (
+                    "slots of regions",
+                    s.counts.slots,
+                    s.posted.as_ref().map_or(0, |p| p.given() as u32),
+                ),
+                (
+                    "keys",
+                    s.counts.mrs + s.counts.slots + s.counts.mws,
+                    s.keys.len() as u32,
+                ),
                 (
                     "channels",
                     s.counts.channels,
@@ -215,7 +225,8 @@ impl Host {
                 }
             }
             let used = s.slabs.used() - map.next_multiple_of(page);
-            let found = cqs + rings + e.srq_memory(session);
+            let table = s.posted.as_ref().map_or(0, Posted::memory);
+            let found = cqs + rings + table + e.srq_memory(session);
             if used != found {
                 return Err(format!("{used} bytes of rings handed out, {found} used"));
             }

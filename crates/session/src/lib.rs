@@ -20,8 +20,9 @@ mod srq;
 pub use codec::{DecodeError, decode_reply, decode_request, encode_reply, encode_request};
 pub use event::Event;
 pub use memory::{
-    AdviseMr, AdvisedRange, AllocMw, DmAllocated, MAX_ADVISED, MAX_PIECES, MrRegistered,
-    MwAllocated, PieceDesc, PieceKind, RegDmMr, RegMr, ReregMr, Translation,
+    AdviseMr, AdvisedRange, AllocMw, DmAllocated, ExchangeSlots, MAX_ADVISED, MAX_PIECES,
+    MAX_SLOTS_AT_ONCE, MrRegistered, MwAllocated, PieceDesc, PieceKind, REGION_SLOTS, RegDmMr,
+    RegMr, RegionSlot, ReregMr, SlotsExchanged, Translation, may_be_in_table,
 };
 pub use message::{
     CqCreated, CreateCq, CreateQp, DeviceInfo, Errno, Handle, Invalid, QpCreated, QpQueried, Reply,

@@ -4,13 +4,34 @@ use freeflow_types::{Access, Key, MwType};
 use serde::{Deserialize, Serialize};
 
 use crate::Handle;
-use crate::message::{Invalid, at_most};
+use crate::message::{Invalid, RingLocation, at_most};
 
 /// Most pieces of one memory region; a region in more pieces is refused with ENOMEM.
 pub const MAX_PIECES: usize = 2048;
 
 /// Most ranges of one [`AdviseMr`].
 pub const MAX_ADVISED: usize = 1024;
+
+/// Slots of a session's table of regions.
+pub const REGION_SLOTS: u32 = 16_384;
+
+/// Most slots that are given out or given back by one message.
+pub const MAX_SLOTS_AT_ONCE: u32 = 512;
+
+/// Rights that a region in the table may have: it is one piece of shared pages, to which no window
+/// is ever bound.
+const TABLE_ACCESS: Access = Access::REMOTE_CHANGE
+    .union(Access::LOCAL_WRITE)
+    .union(Access::REMOTE_READ)
+    .union(Access::ZERO_BASED)
+    .union(Access::FLUSH_GLOBAL);
+
+/// Whether a region with these rights may be in the table: those that need the router are asked
+/// for with [`RegMr`], and so are those that it refuses.
+pub fn may_be_in_table(access: Access) -> bool {
+    let changes = access.intersects(Access::REMOTE_CHANGE);
+    TABLE_ACCESS.contains(access) && (!changes || access.contains(Access::LOCAL_WRITE))
+}
 
 /// What backs a piece of a memory region.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -91,6 +112,34 @@ pub struct ReregMr {
     pub translation: Option<Translation>,
     /// Other rights.
     pub access: Option<Access>,
+}
+
+/// Exchanges slots of the table of regions: those that are given back, with their keys, are not the
+/// library's any more.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ExchangeSlots {
+    /// Slots that are given back, dead or never used, at most [`MAX_SLOTS_AT_ONCE`].
+    pub back: Vec<u32>,
+    /// Slots that are asked for, at most [`MAX_SLOTS_AT_ONCE`].
+    pub want: u32,
+}
+
+/// A slot of the table of regions.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RegionSlot {
+    /// Its number.
+    pub slot: u32,
+    /// Key of the region that will be in it.
+    pub key: Key,
+}
+
+/// Answer to [`ExchangeSlots`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SlotsExchanged {
+    /// The table, of [`REGION_SLOTS`].
+    pub table: RingLocation,
+    /// Slots that the library may use; fewer than it asked for if that is all it may have.
+    pub slots: Vec<RegionSlot>,
 }
 
 /// Asks whether ranges of memory regions may be fetched ahead (`ibv_advise_mr(3)`).
@@ -211,6 +260,38 @@ mod tests {
         assert!(reg(9, vec![foreign(0, 4), foreign(8, 6)]).is_err());
         assert!(reg(4, vec![foreign(u64::MAX - 1, 4)]).is_err());
         assert!(reg(4, vec![foreign(0, u64::MAX), foreign(0, 5)]).is_err());
+    }
+
+    #[test]
+    fn exchanges_of_slots_are_bounded() {
+        let limits = DeviceLimits::default();
+        let exchange = |back: u32, want| {
+            let back = (0..back).collect();
+            Request::ExchangeSlots(ExchangeSlots { back, want }).validate(&limits)
+        };
+        let most = MAX_SLOTS_AT_ONCE;
+        assert!(exchange(most, most).is_ok());
+        assert!(exchange(most + 1, 0).is_err());
+        assert!(exchange(0, most + 1).is_err());
+    }
+
+    #[test]
+    fn only_plain_regions_go_without_the_router() {
+        type A = Access;
+        let plain = A::LOCAL_WRITE | A::REMOTE_WRITE | A::REMOTE_READ | A::REMOTE_ATOMIC;
+        for access in [A::empty(), A::REMOTE_READ, plain, plain | A::ZERO_BASED] {
+            assert!(may_be_in_table(access), "{access:?}");
+        }
+        for access in [
+            A::REMOTE_WRITE,
+            A::REMOTE_ATOMIC | A::REMOTE_READ,
+            plain | A::MW_BIND,
+            plain | A::ON_DEMAND,
+            plain | A::FLUSH_PERSISTENT,
+            A::from_bits_retain(1 << 19),
+        ] {
+            assert!(!may_be_in_table(access), "{access:?}");
+        }
     }
 
     #[test]

@@ -4,7 +4,8 @@ use freeflow_types::{DeviceLimits, Gid, QpAttr, QpAttrMask, QpCap, QpType, Qpn};
 use serde::{Deserialize, Serialize};
 
 use crate::memory::{
-    AdviseMr, AllocMw, DmAllocated, MAX_ADVISED, MrRegistered, MwAllocated, RegDmMr, RegMr, ReregMr,
+    AdviseMr, AllocMw, DmAllocated, ExchangeSlots, MAX_ADVISED, MAX_SLOTS_AT_ONCE, MrRegistered,
+    MwAllocated, RegDmMr, RegMr, ReregMr, SlotsExchanged,
 };
 use crate::srq::{CreateSrq, ModifySrq, OpenXrcQp, OpenXrcd, SrqCreated, SrqQueried, XrcQpOpened};
 
@@ -118,6 +119,18 @@ pub enum Request {
         /// The region.
         mr: Handle,
     },
+    /// Exchanges slots of the table of regions. [`Reply::Slots`]; descriptor: the slab, if it is
+    /// new.
+    ExchangeSlots(ExchangeSlots),
+    /// Makes a region of the table one like all others, with the same key; its slot is given
+    /// back. [`Reply::Mr`].
+    AdoptMr {
+        /// Its slot.
+        slot: u32,
+    },
+    /// Waits until memory that the router is accessing is not accessed any more, unless it may be
+    /// by what is registered now. [`Reply::Done`].
+    Settle,
     /// Allocates a memory window. [`Reply::Mw`].
     AllocMw(AllocMw),
     /// Unbinds and frees a memory window. [`Reply::Done`].
@@ -320,6 +333,8 @@ pub enum Reply {
     },
     /// A new memory region.
     Mr(MrRegistered),
+    /// Slots of the table of regions.
+    Slots(SlotsExchanged),
     /// A new memory window.
     Mw(MwAllocated),
     /// Device memory.
@@ -417,6 +432,10 @@ impl Request {
                 None => Ok(()),
             },
             Request::AdviseMr(a) => at_most("ranges", a.ranges.len() as u64, MAX_ADVISED as u64),
+            Request::ExchangeSlots(e) => {
+                at_most("back", e.back.len() as u64, MAX_SLOTS_AT_ONCE.into())?;
+                at_most("want", e.want.into(), MAX_SLOTS_AT_ONCE.into())
+            }
             Request::AllocDm { len, .. } => {
                 at_least_one("length", *len)?;
                 at_most("length", *len, limits.max_dm_size)
@@ -440,6 +459,8 @@ impl Request {
             | Request::AttachMemory
             | Request::AllocNullMr { .. }
             | Request::DeregMr { .. }
+            | Request::AdoptMr { .. }
+            | Request::Settle
             | Request::AllocMw(_)
             | Request::DeallocMw { .. }
             | Request::FreeDm { .. }

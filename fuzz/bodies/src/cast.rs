@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use freeflow_router::testing::{Host, Process};
 use freeflow_session::{
-    CreateCq, CreateQp, CreateSrq, Handle, PieceDesc, PieceKind, QpCreated, RegMr, Reply, Request,
-    RingLocation, Translation,
+    CreateCq, CreateQp, CreateSrq, ExchangeSlots, Handle, PieceDesc, PieceKind, QpCreated,
+    REGION_SLOTS, RegMr, RegionSlot, Reply, Request, RingLocation, Translation,
 };
 use freeflow_shm::{
-    CompletionEntry, CqRing, DirtyMap, Mapping, QpGeometry, QpRings, RecvEntry, Region, SendEntry,
-    Sge,
+    CompletionEntry, CqRing, DirtyMap, Mapping, QpGeometry, QpRings, RecvEntry, Region,
+    RegionEntry, RegionTable, SendEntry, Sge,
 };
 use freeflow_types::{
     Access, AddressVector, DeviceLimits, Gid, Mtu, Opcode, QpAttr, QpAttrMask as Mask, QpCap,
@@ -67,6 +67,11 @@ pub(crate) struct Party {
     pub(crate) key: u32,
     pub(crate) qps: Vec<QueuePair>,
     pub(crate) slabs: Vec<Arc<Mapping>>,
+    /// Its pages in the segment.
+    segment: u32,
+    /// The table of regions, and the slots of it that the party has.
+    table: Option<Region>,
+    pub(crate) slots: Vec<RegionSlot>,
 }
 
 /// A queue pair's rings.
@@ -139,6 +144,9 @@ impl Party {
             cq: cq.cq,
             key: mr.key.0,
             qps: Vec::new(),
+            segment,
+            table: None,
+            slots: Vec::new(),
         }
     }
 
@@ -179,6 +187,49 @@ impl Party {
             received: 0,
         });
         self.qps.len() - 1
+    }
+
+    /// Asks for slots of the table of regions.
+    pub(crate) fn take_slots(&mut self, host: &mut Host, want: u32) {
+        let request = ExchangeSlots {
+            back: Vec::new(),
+            want,
+        };
+        let asked = host.ask(self.process.session, Request::ExchangeSlots(request));
+        let Ok(Reply::Slots(made)) = asked.0 else {
+            panic!("no slots")
+        };
+        self.table = Some(region(host, &self.process, &made.table));
+        self.slots.extend(made.slots);
+    }
+
+    /// A region of all pages, as the table has it.
+    pub(crate) fn whole(&self) -> RegionEntry {
+        let access = Access::LOCAL_WRITE | Access::REMOTE_WRITE | Access::REMOTE_READ;
+        RegionEntry {
+            pd: self.pd.0,
+            access: access.bits(),
+            iova: IOVA,
+            len: PAGES,
+            segment: self.segment,
+            offset: 0,
+        }
+    }
+
+    /// Registers a region in one of its slots.
+    pub(crate) fn post_region(&self, at: RegionSlot, entry: &RegionEntry) {
+        let table = self.table.as_ref().map(Region::words).unwrap_or_default();
+        if let Some(table) = RegionTable::new(table, REGION_SLOTS) {
+            table.register(at.slot, at.key.0, entry);
+        }
+    }
+
+    /// Deregisters a region in one of its slots.
+    pub(crate) fn drop_region(&self, at: RegionSlot) {
+        let table = self.table.as_ref().map(Region::words).unwrap_or_default();
+        if let Some(table) = RegionTable::new(table, REGION_SLOTS) {
+            table.deregister(at.slot, at.key.0);
+        }
     }
 
     /// Creates a shared receive queue.

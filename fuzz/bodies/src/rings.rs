@@ -34,6 +34,7 @@ pub fn rings(data: &[u8]) {
     );
     bad.connect(&mut host, x, peer.gid(), peer.qps[y].made.qpn.get());
     peer.connect(&mut host, y, bad.gid(), bad.qps[x].made.qpn.get());
+    bad.take_slots(&mut host, 4);
     let mut input = Unstructured::new(data);
     // The input may end anywhere.
     let _ = run(&mut input, &mut host, &mut bad, &mut peer);
@@ -69,6 +70,7 @@ fn sges(u: &mut Unstructured<'_>, party: &Party, other: &Party) -> Result<Vec<Sg
             0 => sge.addr = word(u)?,
             1 => sge.length = word(u)? as u32,
             2 => sge.lkey = other.key,
+            4 if !party.slots.is_empty() => sge.lkey = u.choose(&party.slots)?.key.0,
             3 => sge.lkey = u.arbitrary()?,
             _ => {}
         }
@@ -109,6 +111,7 @@ pub(crate) fn entry(
         4 => entry.flags = u.arbitrary()?,
         5 => entry.remote_qkey = word(u)? as u32,
         6 => entry.remote_qpn = 0xFF_FFFF,
+        7 if !to.slots.is_empty() => entry.rkey = u.choose(&to.slots)?.key.0,
         _ => {}
     }
     Ok(entry)
@@ -119,7 +122,7 @@ fn run(u: &mut Unstructured<'_>, host: &mut Host, bad: &mut Party, peer: &mut Pa
         if u.is_empty() || !host.is_alive(bad.process.session) {
             break;
         }
-        match u.int_in_range(0..=9)? {
+        match u.int_in_range(0..=12)? {
             0 => {
                 let later = [0, 1_000, 10_000_000, 1_000_000_000];
                 host.round(*u.choose(&later)?);
@@ -164,10 +167,39 @@ fn run(u: &mut Unstructured<'_>, host: &mut Host, bad: &mut Party, peer: &mut Pa
                 };
                 bad.send(qp, &entry, &sges, b"0123456789");
             }
+            // Regions of its table, with anything in them, by which the peer writes.
+            9 => {
+                let mut entry = bad.whole();
+                match u.int_in_range(0..=8)? {
+                    0 => entry.pd = peer.pd.0,
+                    1 => entry.access = word(u)? as u32,
+                    2 => entry.iova = word(u)?,
+                    3 => entry.len = word(u)?,
+                    4 => entry.segment = word(u)? as u32,
+                    5 => entry.offset = word(u)?,
+                    _ => {}
+                }
+                bad.post_region(*u.choose(&bad.slots)?, &entry);
+            }
+            10 => bad.drop_region(*u.choose(&bad.slots)?),
+            11 => {
+                let qp = u.int_in_range(0..=2)?;
+                let write = entry(u, peer, bad, qp)?;
+                let sge = peer.sge(0, 8);
+                if peer.qps[qp].sent < 8 {
+                    let write = SendEntry {
+                        flags: write.flags & 2,
+                        num_sge: 1,
+                        rkey: u.choose(&bad.slots)?.key.0,
+                        ..write
+                    };
+                    peer.send(qp, &write, &[sge], b"");
+                }
+            }
             // The peer goes on in order.
             8 => {
                 let qp = u.int_in_range(0..=3)?;
-                if peer.qps[qp].received - peer.qps[qp].sent < 8 {
+                if peer.qps[qp].received < 8 {
                     let sge = peer.sge(0, 4096);
                     peer.recv(qp, 1, &[sge]);
                 }

@@ -4,10 +4,11 @@
 use arbitrary::{Result, Unstructured};
 use freeflow_router::testing::{Host, Process};
 use freeflow_session::{
-    AdviseMr, AdvisedRange, AllocMw, CreateCq, CreateQp, CreateSrq, FileId, Handle, ModifySrq,
-    OpenXrcQp, OpenXrcd, PieceDesc, PieceKind, RegDmMr, RegMr, Reply, Request, ReregMr,
-    Translation, XrcSrq, decode_request,
+    AdviseMr, AdvisedRange, AllocMw, CreateCq, CreateQp, CreateSrq, ExchangeSlots, FileId, Handle,
+    ModifySrq, OpenXrcQp, OpenXrcd, PieceDesc, PieceKind, REGION_SLOTS, RegDmMr, RegMr, Reply,
+    Request, ReregMr, SlotsExchanged, Translation, XrcSrq, decode_request,
 };
+use freeflow_shm::{RegionEntry, RegionTable};
 use freeflow_types::{
     Access, AddressVector, Gid, Key, Mtu, MwType, QpAttr, QpAttrMask, QpCap, QpState, QpType, Qpn,
     VirtualIp,
@@ -128,7 +129,28 @@ fn ask(host: &mut Host, actor: &Process, request: Request, known: &mut Known) {
             known.handles.push(made.open);
             known.qpns.push(made.qpn.get());
         }
+        Ok(Reply::Slots(made)) => register(host, actor, &made, known),
         _ => {}
+    }
+}
+
+/// Registers a page in every other slot that was given out.
+fn register(host: &Host, actor: &Process, made: &SlotsExchanged, known: &Known) {
+    let entry = RegionEntry {
+        pd: known.handles.last().map_or(0, |handle| handle.0),
+        access: Access::LOCAL_WRITE.bits(),
+        len: 4096,
+        ..RegionEntry::default()
+    };
+    let slab = host
+        .slab(actor.session, made.table.slab)
+        .expect("the slab of the table");
+    let words = slab
+        .words(made.table.offset, made.table.len)
+        .expect("the table");
+    let table = RegionTable::new(words, REGION_SLOTS).expect("all of the table");
+    for at in made.slots.iter().step_by(2) {
+        table.register(at.slot, at.key.0, &entry);
     }
 }
 
@@ -306,6 +328,7 @@ fn request(u: &mut Unstructured<'_>, known: &Known) -> Result<Request> {
             qpn: u.ratio(1, 2)?.then_some(Qpn::new(qpn(u, known)?)),
         }),
         30..=33 => memory(u, known)?,
+        34 => slots(u)?,
         _ => {
             let (attr, mask) = modification(u, known)?;
             let open = handle(u, known)?;
@@ -429,6 +452,21 @@ fn memory(u: &mut Unstructured<'_>, known: &Known) -> Result<Request> {
                 key: Key(u.arbitrary()?),
             }],
         }),
+    })
+}
+
+/// A few slots of the table of regions, which a session may have or not.
+fn slots(u: &mut Unstructured<'_>) -> Result<Request> {
+    Ok(match u.int_in_range(0..=4)? {
+        0 => Request::AdoptMr { slot: small(u)? },
+        1 => Request::Settle,
+        _ => {
+            let back = (0..u.int_in_range(0..=4)?).map(|_| small(u));
+            Request::ExchangeSlots(ExchangeSlots {
+                back: back.collect::<Result<_>>()?,
+                want: small(u)?,
+            })
+        }
     })
 }
 
