@@ -12,6 +12,7 @@ use rustix::net::RecvFlags;
 
 use crate::channel::CompChannel;
 use crate::session::{Session, created, unpoisoned};
+use crate::slots::Users;
 
 /// The device of this endpoint. ENODEV: there is none.
 pub fn device() -> Result<DeviceInfo, Errno> {
@@ -159,9 +160,10 @@ impl Context {
 
     /// Closes the device. Objects that are left in it are destroyed at the router.
     pub fn close(&self) -> Result<(), Errno> {
-        self.session.destroy(&Request::CloseContext {
-            context: self.handle,
-        })
+        let context = self.handle;
+        self.session.destroy(&Request::CloseContext { context })?;
+        self.session.slots.close(&self.session, context);
+        Ok(())
     }
 
     /// Allocates a protection domain.
@@ -172,6 +174,7 @@ impl Context {
         Ok(Arc::new(Pd {
             context: self.clone(),
             handle: created(reply)?,
+            users: Users::default(),
         }))
     }
 
@@ -195,6 +198,7 @@ impl Context {
 pub struct Pd {
     pub(crate) context: Arc<Context>,
     pub(crate) handle: Handle,
+    pub(crate) users: Users,
 }
 
 impl Pd {
@@ -205,8 +209,11 @@ impl Pd {
 
     /// Frees it. EBUSY: it is in use.
     pub fn dealloc(&self) -> Result<(), Errno> {
-        self.context
-            .session
-            .destroy(&Request::DeallocPd { pd: self.handle })
+        let session = &self.context.session;
+        // Relaxed: the program orders what it does with the domain.
+        if self.users.load(Ordering::Relaxed) != 0 && session.is_own() && !session.link.check() {
+            return Err(Errno::BUSY);
+        }
+        session.destroy(&Request::DeallocPd { pd: self.handle })
     }
 }

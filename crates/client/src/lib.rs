@@ -20,6 +20,7 @@ mod mr;
 mod mw;
 mod qp;
 mod session;
+mod slots;
 mod srq;
 mod xrc;
 

@@ -4,10 +4,10 @@ use std::sync::{Arc, Mutex};
 
 use freeflow_convert::{Backing, Registration};
 use freeflow_session::{
-    AdviseMr, AdvisedRange, Handle, MAX_ADVISED, MAX_PIECES, PieceDesc, PieceKind, RegMr, Reply,
-    Request, ReregMr, Translation,
+    AdviseMr, AdvisedRange, Handle, MAX_ADVISED, MAX_PIECES, PieceDesc, PieceKind, RegMr,
+    RegionSlot, Reply, Request, ReregMr, Translation, may_be_in_table,
 };
-use freeflow_shm::Sge;
+use freeflow_shm::{RegionEntry, Sge};
 use freeflow_types::{Access, Key};
 use rustix::io::Errno;
 use rustix::mm::Advice;
@@ -19,10 +19,24 @@ use crate::session::{Pages, Session, unpoisoned};
 #[derive(Debug)]
 pub struct Mr {
     session: Arc<Session>,
-    handle: Handle,
     key: Key,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    holder: Holder,
     /// `None`: no memory of the program's is in it.
-    place: Mutex<Option<Place>>,
+    place: Option<Place>,
+}
+
+/// Where a region is recorded.
+#[derive(Clone, Copy, Debug)]
+enum Holder {
+    /// The router has it.
+    Router(Handle),
+    /// It is in this slot of the session's table.
+    Slot(u32),
 }
 
 /// A region as it is registered.
@@ -118,6 +132,17 @@ impl Session {
         }
     }
 
+    /// A region's handle at the router, which takes it over from the table if it is there.
+    fn handle(&self, holder: &mut Holder) -> Result<Handle, Errno> {
+        let slot = match *holder {
+            Holder::Router(handle) => return Ok(handle),
+            Holder::Slot(slot) => slot,
+        };
+        let mr = self.slots.adopt(self, slot)?;
+        *holder = Holder::Router(mr);
+        Ok(mr)
+    }
+
     fn unpin(&self, pages: Pinned) {
         if let Pinned::Shared(registration) = pages
             && self.is_own()
@@ -147,7 +172,7 @@ impl Session {
 
 impl Pd {
     /// Registers `len` bytes at `addr`; work requests name the first one `iova`, or 0 with
-    /// [`Access::ZERO_BASED`].
+    /// [`Access::ZERO_BASED`]. Of shared pages, the router need not be asked.
     pub fn reg_mr(&self, addr: u64, len: u64, iova: u64, access: Access) -> Result<Mr, Errno> {
         let session = &self.context.session;
         if !session.is_own() {
@@ -161,6 +186,10 @@ impl Pd {
         };
         let range = range.settle();
         let (pages, translation) = session.pin(&range)?;
+        if let Some(slot) = self.reg_in_table(&translation, access) {
+            let place = Some(Place { range, pages });
+            return Ok(Mr::new(session, Holder::Slot(slot.slot), slot.key, place));
+        }
         let request = Request::RegMr(RegMr {
             pd: self.handle,
             translation,
@@ -168,7 +197,7 @@ impl Pd {
         });
         match self.make(&request) {
             Ok(mr) => {
-                *unpoisoned(&mr.place) = Some(Place { range, pages });
+                unpoisoned(&mr.state).place = Some(Place { range, pages });
                 Ok(mr)
             }
             Err(errno) => {
@@ -176,6 +205,32 @@ impl Pd {
                 Err(errno)
             }
         }
+    }
+
+    /// Registers one piece of shared pages without asking, if that may be.
+    fn reg_in_table(&self, translation: &Translation, access: Access) -> Option<RegionSlot> {
+        let [piece] = translation.pieces[..] else {
+            return None;
+        };
+        let PieceKind::Pool { segment, offset } = piece.kind else {
+            return None;
+        };
+        // What the router would refuse, it shall refuse.
+        let refused = translation.iova.checked_add(translation.len).is_none();
+        let session = &self.context.session;
+        if refused || !may_be_in_table(access) || session.link.check() {
+            return None;
+        }
+        let entry = RegionEntry {
+            pd: self.handle.0,
+            access: access.bits(),
+            iova: translation.iova,
+            len: translation.len,
+            segment,
+            offset,
+        };
+        let owner = (self.context.handle, &self.users);
+        session.slots.register(session, owner, &entry)
     }
 
     /// A region that swallows what is written and reads as zeroes (`ibv_alloc_null_mr(3)`).
@@ -186,13 +241,13 @@ impl Pd {
     /// Asks the router for a region.
     pub(crate) fn make(&self, request: &Request) -> Result<Mr, Errno> {
         let session = &self.context.session;
-        match session.call(request)? {
-            (Reply::Mr(made), _) => Ok(Mr {
-                session: session.clone(),
-                handle: made.mr,
-                key: made.key,
-                place: Mutex::new(None),
-            }),
+        let answer = match session.call(request) {
+            // Slots count as regions.
+            Err(Errno::NOMEM) if session.slots.give_back(session) => session.call(request),
+            answer => answer,
+        };
+        match answer? {
+            (Reply::Mr(made), _) => Ok(Mr::new(session, Holder::Router(made.mr), made.key, None)),
             _ => Err(Errno::PROTO),
         }
     }
@@ -236,9 +291,20 @@ fn fetch(sge: &Sge, populate: Advice) {
 }
 
 impl Mr {
-    /// Its number at the router.
+    fn new(session: &Arc<Session>, holder: Holder, key: Key, place: Option<Place>) -> Mr {
+        Mr {
+            session: session.clone(),
+            key,
+            state: Mutex::new(State { holder, place }),
+        }
+    }
+
+    /// Its number: that at the router, or its key.
     pub fn number(&self) -> u32 {
-        self.handle.0
+        match unpoisoned(&self.state).holder {
+            Holder::Router(handle) => handle.0,
+            Holder::Slot(_) => self.key.0,
+        }
     }
 
     /// Its key, local and remote.
@@ -248,7 +314,7 @@ impl Mr {
 
     /// Whether memory of the program's is in it: neither a null region nor one of device memory.
     pub fn has_memory(&self) -> bool {
-        unpoisoned(&self.place).is_some()
+        unpoisoned(&self.state).place.is_some()
     }
 
     /// Changes it; on an error it is as it was. Its key stays. EBUSY: a window is bound to it;
@@ -258,7 +324,8 @@ impl Mr {
         if !session.is_own() {
             return Err(Errno::INVAL);
         }
-        let mut place = unpoisoned(&self.place);
+        let mut state = unpoisoned(&self.state);
+        let State { holder, place } = &mut *state;
         let place = place.as_mut().ok_or(Errno::INVAL)?;
         let mut range = place.range;
         if let Some(access) = change.access {
@@ -279,12 +346,14 @@ impl Mr {
             Some((pages, translation)) => (Some(pages), Some(translation)),
             None => (None, None),
         };
-        let told = session.tell(&Request::ReregMr(ReregMr {
-            mr: self.handle,
-            pd: change.pd.map(|pd| pd.handle),
-            translation,
-            access: change.access,
-        }));
+        let told = session.handle(holder).and_then(|mr| {
+            session.tell(&Request::ReregMr(ReregMr {
+                mr,
+                pd: change.pd.map(|pd| pd.handle),
+                translation,
+                access: change.access,
+            }))
+        });
         let unused = match (told, pages) {
             (Ok(()), Some(new)) => {
                 place.range = range;
@@ -304,12 +373,24 @@ impl Mr {
         Ok(())
     }
 
-    /// Deregisters it. EBUSY: a window is bound to it.
+    /// Deregisters it; then nothing is accessed any more by its key. EBUSY: a window is bound to
+    /// it.
     pub fn dereg(&self) -> Result<(), Errno> {
-        self.session
-            .destroy(&Request::DeregMr { mr: self.handle })?;
-        if let Some(place) = unpoisoned(&self.place).take() {
-            self.session.unpin(place.pages);
+        let session = &self.session;
+        let holder = unpoisoned(&self.state).holder;
+        match holder {
+            Holder::Router(mr) => {
+                session.destroy(&Request::DeregMr { mr })?;
+                session.slots.note_deregistration();
+            }
+            Holder::Slot(slot) if session.is_own() => {
+                session.slots.deregister(session, slot, self.key);
+            }
+            // The parent's region.
+            Holder::Slot(_) => return Err(Errno::INVAL),
+        }
+        if let Some(place) = unpoisoned(&self.state).place.take() {
+            session.unpin(place.pages);
         }
         Ok(())
     }

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use crate::cq::Cq;
 use crate::link::Link;
 use crate::qp::Qp;
+use crate::slots::Slots;
 use crate::srq::Srq;
 
 /// Names the endpoint's socket; `freeflow run` sets it.
@@ -41,6 +42,7 @@ pub(crate) struct Session {
     slabs: Mutex<HashMap<u32, Arc<Mapping>>>,
     segments: Mutex<HashMap<u32, OwnedFd>>,
     pub(crate) memory_attached: Mutex<bool>,
+    pub(crate) slots: Slots,
     /// By slot.
     pub(crate) retired: RwLock<Vec<Option<Arc<Retired>>>>,
     pub(crate) cqs: Mutex<HashMap<u32, Weak<Cq>>>,
@@ -119,6 +121,7 @@ impl Session {
             slabs: Mutex::new(slabs),
             segments: Mutex::default(),
             memory_attached: Mutex::new(false),
+            slots: Slots::default(),
             retired: RwLock::default(),
             cqs: Mutex::default(),
             qps: Mutex::default(),
@@ -170,6 +173,7 @@ impl Session {
             Reply::Cq(made) => &made.ring,
             Reply::Qp(made) => &made.ring,
             Reply::Srq(made) => &made.ring,
+            Reply::Slots(made) => &made.table,
             _ => return Ok((reply, None)),
         };
         if let Some(fd) = fds.first() {
