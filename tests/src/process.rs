@@ -1,7 +1,7 @@
 //! Programs that are watched: their output is kept, they are killed at a deadline, and never
 //! outlive their test.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -154,6 +154,12 @@ impl Running {
     /// Whether it has not ended yet.
     pub fn is_alive(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Gives a line to the standard input of a program that has one.
+    pub fn enter(&mut self, line: &str) -> Result<()> {
+        let input = self.child.stdin.as_mut().context("no standard input")?;
+        writeln!(input, "{line}").with_context(|| format!("{} does not read", self.command))
     }
 
     /// Waits until it has written something to standard output or standard error.

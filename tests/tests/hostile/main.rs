@@ -4,6 +4,7 @@
 mod limits;
 mod memory;
 mod objects;
+mod regions;
 mod rings;
 mod scene;
 mod socket;
