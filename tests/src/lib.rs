@@ -5,6 +5,7 @@
 
 mod bed;
 mod footprint;
+mod fuse;
 mod machine;
 mod place;
 mod port;
@@ -16,6 +17,7 @@ pub mod rig;
 
 pub use bed::{Bed, Endpoint, Lasting, dist};
 pub use footprint::Footprint;
+pub use fuse::StuckFile;
 pub use machine::{TcpPair, have, is_root, program, skip};
 pub use place::Place;
 pub use port::{free_port, wait_for_listener, wait_for_listener_of};

@@ -85,6 +85,9 @@ pub struct Counters {
     pub failed_requests: u64,
     /// Datagrams dropped because nobody could take them.
     pub dropped_datagrams: u64,
+    /// Copies of memory that cannot be shared given up because it did not come in time, or others
+    /// did not.
+    pub late_memory: u64,
 }
 
 /// A session that ended.

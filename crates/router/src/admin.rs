@@ -133,6 +133,9 @@ impl Admin {
         let mut told = false;
         let mut state = self.state();
         loop {
+            for notice in self.router.notices() {
+                eprintln!("freeflow: {notice}");
+            }
             let lonely = embedded && state.endpoints.is_empty() && state.coming == 0;
             let patience = if state.had_any {
                 LINGER

@@ -1,10 +1,14 @@
 //! Where a work request's bytes are, and moving them: one copy, from the sender's shared pages
 //! to the receiver's.
 
+use std::time::Instant;
+
 use freeflow_session::Handle;
 use freeflow_shm::Sge;
 use freeflow_types::Access;
 
+use crate::EndReason;
+use crate::copier::{Failed, Job};
 use crate::engine::Engine;
 use crate::keys::Named;
 use crate::objects::{Backing, Mr, Piece};
@@ -245,7 +249,7 @@ impl Engine {
         result
     }
 
-    fn copy_bytes(&self, to: &[Span], mut bytes: &[u8]) -> Result<(), Fault> {
+    fn copy_bytes(&mut self, to: &[Span], mut bytes: &[u8]) -> Result<(), Fault> {
         for span in to {
             let (now, later) = bytes.split_at((span.len as usize).min(bytes.len()));
             self.write(span, now).ok_or(Fault::Destination)?;
@@ -254,7 +258,12 @@ impl Engine {
         Ok(())
     }
 
-    fn copy_spans(&self, to: &[Span], from: &[Span], bounce: &mut Vec<u8>) -> Result<(), Fault> {
+    fn copy_spans(
+        &mut self,
+        to: &[Span],
+        from: &[Span],
+        bounce: &mut Vec<u8>,
+    ) -> Result<(), Fault> {
         let mut to = to.iter().copied();
         let Some(mut dst) = to.next() else {
             return Ok(());
@@ -274,7 +283,13 @@ impl Engine {
     }
 
     /// Copies at most `n` bytes that are contiguous on both sides; returns how many.
-    fn copy_run(&self, to: &Span, from: &Span, n: u64, bounce: &mut Vec<u8>) -> Result<u64, Fault> {
+    fn copy_run(
+        &mut self,
+        to: &Span,
+        from: &Span,
+        n: u64,
+        bounce: &mut Vec<u8>,
+    ) -> Result<u64, Fault> {
         if let (
             Backing::Pool {
                 segment: ts,
@@ -306,14 +321,18 @@ impl Engine {
         Some(self.sessions.get(session)?.segments.mapping(segment)?)
     }
 
-    fn read(&self, span: &Span, out: &mut [u8]) -> Option<()> {
+    fn read(&mut self, span: &Span, out: &mut [u8]) -> Option<()> {
         match span.backing {
             Backing::Pool { segment, offset } => {
                 self.segment(span.session, segment)?.read(offset, out).ok()
             }
             Backing::Foreign { addr } => {
-                let memory = self.sessions.get(span.session)?.memory.as_ref()?;
-                memory.read(addr, out).then_some(())
+                let mut buffer = std::mem::take(&mut self.foreign_bytes);
+                buffer.resize(out.len(), 0);
+                let buffer = self.reach(span.session, addr, buffer, false)?;
+                out.copy_from_slice(&buffer);
+                self.foreign_bytes = buffer;
+                Some(())
             }
             Backing::Null => {
                 out.fill(0);
@@ -322,22 +341,69 @@ impl Engine {
         }
     }
 
-    fn write(&self, span: &Span, bytes: &[u8]) -> Option<()> {
+    fn write(&mut self, span: &Span, bytes: &[u8]) -> Option<()> {
         match span.backing {
             Backing::Pool { segment, offset } => self
                 .segment(span.session, segment)?
                 .write(offset, bytes)
                 .ok(),
             Backing::Foreign { addr } => {
-                let memory = self.sessions.get(span.session)?.memory.as_ref()?;
-                memory.write(addr, bytes).then_some(())
+                let mut buffer = std::mem::take(&mut self.foreign_bytes);
+                buffer.clear();
+                buffer.extend_from_slice(bytes);
+                self.foreign_bytes = self.reach(span.session, addr, buffer, true)?;
+                Some(())
             }
             Backing::Null => Some(()),
         }
     }
 
+    /// Reads or writes a session's own memory; its buffer comes back, as long as it was. `None` if
+    /// that fails; a session whose memory does not come in time ends, and its endpoint goes on
+    /// without such memory.
+    fn reach(
+        &mut self,
+        session: Handle,
+        addr: u64,
+        buffer: Vec<u8>,
+        write: bool,
+    ) -> Option<Vec<u8>> {
+        let s = self.sessions.get(session)?;
+        let memory = s.memory.clone()?;
+        let e = self.endpoints.get_mut(s.endpoint).filter(|e| !e.late)?;
+        let job = Job {
+            memory,
+            addr,
+            buffer,
+            write,
+        };
+        let began = Instant::now();
+        let result = self.copiers.copy(job, &mut e.patience);
+        self.waited += began.elapsed();
+        match result {
+            Ok(buffer) => Some(buffer),
+            Err(Failed::Fault) => None,
+            Err(Failed::NoCopier) => {
+                e.counters.late_memory += 1;
+                None
+            }
+            Err(Failed::Late) => {
+                e.late = true;
+                e.counters.late_memory += 1;
+                self.notices.push(format!(
+                    "endpoint \"{}\": memory of process {} that cannot be shared did not come in \
+                     time; its session ends, and the endpoint may not register such memory any \
+                     more",
+                    e.name, s.peer.pid
+                ));
+                self.condemn(session, EndReason::LateMemory { addr });
+                None
+            }
+        }
+    }
+
     /// Copies one word out of spans of 8 bytes.
-    pub(crate) fn word(&self, from: &[Span]) -> Option<u64> {
+    pub(crate) fn word(&mut self, from: &[Span]) -> Option<u64> {
         let mut bytes = [0; 8];
         let mut at = 0;
         for span in from {
@@ -352,7 +418,7 @@ impl Engine {
     /// without a look at the old. On foreign memory it is atomic
     /// towards all other requests, which this engine executes one after the other
     /// (`IBV_ATOMIC_HCA`).
-    pub(crate) fn atomic(&self, span: &Span, update: Atomic) -> Option<u64> {
+    pub(crate) fn atomic(&mut self, span: &Span, update: Atomic) -> Option<u64> {
         if span.len != 8 {
             // It straddles two pieces.
             return None;

@@ -6,6 +6,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use freeflow_session::{Event, Handle};
 use freeflow_shm::{CompletionEntry, DirtyMap};
@@ -13,10 +14,12 @@ use freeflow_types::{AsyncEventType, DeviceLimits, Gid, QpState, TenantId, WcSta
 use rustc_hash::FxHashMap;
 
 use crate::EndReason;
+use crate::copier::Copiers;
 use crate::data::Span;
 use crate::events::StreamId;
 use crate::exec::{Request, Step};
 use crate::foreign::Opener;
+use crate::notices::Notices;
 use crate::objects::{
     Channel, Context, Cq, Dm, Endpoint, Mr, Pd, QpObject, Session, Slot, Waiting,
 };
@@ -28,6 +31,9 @@ use crate::xrc::XrcState;
 
 /// Bytes that one endpoint may have moved before the next one's turn, and that one step moves.
 pub(crate) const TURN_BYTES: u64 = 256 << 10;
+
+/// An endpoint's turn ends when the engine has waited so long for memory that cannot be shared.
+const WAIT_PER_TURN: Duration = Duration::from_millis(1);
 
 /// Slots of a session's dirty map that are looked at in one round.
 const MARKS_PER_ROUND: u32 = 256;
@@ -74,6 +80,11 @@ pub(crate) struct Engine {
     /// Nanoseconds that a session is watched after its last work.
     pub(crate) spin: u64,
     pub(crate) opener: Opener,
+    pub(crate) copiers: Copiers,
+    /// How long the engine waited for memory in the present turn.
+    pub(crate) waited: Duration,
+    /// What the operator is to know.
+    pub(crate) notices: Notices,
     pub(crate) doorbells: Arc<OwnedFd>,
     pub(crate) tenants: FxHashMap<String, TenantId>,
     pub(crate) endpoints: Table<Endpoint>,
@@ -109,6 +120,7 @@ pub(crate) struct Engine {
     /// Sessions whose tables of regions are in use.
     pub(crate) using: Vec<Handle>,
     pub(crate) bounce: Vec<u8>,
+    pub(crate) foreign_bytes: Vec<u8>,
     marks: Vec<u32>,
 }
 
@@ -124,6 +136,9 @@ impl Engine {
             limits,
             max_descriptors: u64::MAX,
             spin,
+            copiers: opener.copiers(),
+            waited: Duration::ZERO,
+            notices: Notices::default(),
             opener,
             doorbells,
             tenants: FxHashMap::default(),
@@ -155,6 +170,7 @@ impl Engine {
             spans: Default::default(),
             using: Vec::new(),
             bounce: Vec::new(),
+            foreign_bytes: Vec::new(),
             marks: Vec::new(),
         }
     }
@@ -330,6 +346,7 @@ impl Engine {
     /// enough is done that it is another endpoint's turn.
     fn endpoint_turn(&mut self, endpoint: Handle, progress: &Progress) {
         let mut budget = Budget::default();
+        self.waited = Duration::ZERO;
         while budget.is_left() {
             let Some(e) = self.endpoints.get_mut(endpoint) else {
                 return;
@@ -365,6 +382,9 @@ impl Engine {
             worked = true;
             budget.messages = budget.messages.saturating_sub(1);
             budget.bytes = budget.bytes.saturating_sub(bytes);
+            if self.waited >= WAIT_PER_TURN {
+                budget.messages = 0;
+            }
             if budget.messages == 0 || budget.bytes == 0 {
                 self.make_ready(qp);
                 break;

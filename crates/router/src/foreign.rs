@@ -3,14 +3,17 @@
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
+use std::sync::Arc;
 use std::sync::mpsc::{Sender, SyncSender};
 
 use rustix::io::Errno;
 
+use crate::copier::{Copier, Copiers, Job, Threads};
+
 /// A process's memory, bound to the address space it had when it was opened: neither `exec` nor
 /// the reuse of its process id makes it another one's.
-#[derive(Debug)]
-pub(crate) struct ForeignMemory(File);
+#[derive(Clone, Debug)]
+pub(crate) struct ForeignMemory(Arc<File>);
 
 impl ForeignMemory {
     /// Opens the memory of the process that opened a session, as user `uid`.
@@ -32,7 +35,7 @@ impl ForeignMemory {
             .map_err(errno)?;
         let owner = std::fs::symlink_metadata(&path).map_err(errno)?.uid();
         if owner == uid {
-            Ok(ForeignMemory(file))
+            Ok(ForeignMemory(Arc::new(file)))
         } else {
             Err(Errno::PERM)
         }
@@ -49,40 +52,68 @@ impl ForeignMemory {
     }
 }
 
-/// A question and where its answer goes.
-type Question = (u32, u32, SyncSender<Result<ForeignMemory, Errno>>);
+/// What needs a thread that is not confined.
+#[derive(Debug)]
+pub(crate) enum Question {
+    /// A process's memory, by its id and its user's.
+    Memory(u32, u32, SyncSender<Result<ForeignMemory, Errno>>),
+    /// Another copier.
+    Copier(Sender<Copier>),
+}
 
 /// Who opens processes' memory.
 #[derive(Clone, Debug)]
 pub(crate) enum Opener {
-    /// Whoever asks.
+    /// Whoever asks: without threads.
+    #[cfg(any(test, feature = "testing"))]
     Direct,
     /// A thread that is not confined.
     Thread(Sender<Question>),
 }
 
 impl Opener {
-    /// One whose thread ends when it, with all its copies, is gone.
-    pub(crate) fn thread() -> std::io::Result<Self> {
+    /// One whose thread ends when it, with all its copies, is gone. `confined` is whether the
+    /// copiers that it starts are.
+    pub(crate) fn thread(confined: bool) -> std::io::Result<Self> {
         let (ask, questions) = std::sync::mpsc::channel::<Question>();
         std::thread::Builder::new()
             .name("ff-open".into())
             .spawn(move || {
-                for (pid, uid, answer) in questions {
-                    // Who asked waits for it.
-                    let _ = answer.send(ForeignMemory::open(pid, uid));
+                for question in questions {
+                    // Who asked waits for it, or is gone.
+                    match question {
+                        Question::Memory(pid, uid, answer) => {
+                            let _ = answer.send(ForeignMemory::open(pid, uid));
+                        }
+                        Question::Copier(answer) => {
+                            if let Ok(copier) = Copier::start(Arc::new(Job::run), confined) {
+                                let _ = answer.send(copier);
+                            }
+                        }
+                    }
                 }
             })?;
         Ok(Opener::Thread(ask))
     }
 
+    /// Who makes the copies.
+    pub(crate) fn copiers(&self) -> Copiers {
+        match self {
+            #[cfg(any(test, feature = "testing"))]
+            Opener::Direct => Copiers::Direct,
+            Opener::Thread(ask) => Copiers::Threads(Threads::new(ask.clone())),
+        }
+    }
+
     /// As [`ForeignMemory::open`].
     pub(crate) fn open(&self, pid: u32, uid: u32) -> Result<ForeignMemory, Errno> {
         match self {
+            #[cfg(any(test, feature = "testing"))]
             Opener::Direct => ForeignMemory::open(pid, uid),
             Opener::Thread(ask) => {
                 let (answer, answered) = std::sync::mpsc::sync_channel(1);
-                ask.send((pid, uid, answer)).map_err(|_| Errno::IO)?;
+                let question = Question::Memory(pid, uid, answer);
+                ask.send(question).map_err(|_| Errno::IO)?;
                 answered.recv().map_err(|_| Errno::IO)?
             }
         }
@@ -106,7 +137,7 @@ mod tests {
         assert_eq!(std::hint::black_box(&bytes), b"wxyz");
         assert!(!memory.read(8, &mut out));
         assert!(!memory.write(8, b"x"));
-        for opener in [Opener::Direct, Opener::thread().unwrap()] {
+        for opener in [Opener::Direct, Opener::thread(true).unwrap()] {
             assert!(opener.open(std::process::id(), uid).is_ok());
             let other = opener.open(std::process::id(), uid + 1);
             assert_eq!(other.unwrap_err(), Errno::PERM);

@@ -12,6 +12,7 @@ mod admin;
 mod bridges;
 mod connections;
 mod control;
+mod copier;
 mod data;
 mod engine;
 mod events;
@@ -24,6 +25,7 @@ mod mcast;
 mod memory;
 #[cfg(test)]
 mod memory_tests;
+mod notices;
 mod objects;
 mod posted;
 #[cfg(test)]
@@ -245,6 +247,15 @@ pub enum EndReason {
         /// Offset in it.
         offset: u64,
     },
+    /// Its memory did not come when the router reached for it.
+    #[error(
+        "memory at {addr:#x}, which cannot be shared, did not come in time (a file system that is \
+         slow or does not answer?)"
+    )]
+    LateMemory {
+        /// Where the router reached for.
+        addr: u64,
+    },
     /// A send ring's index ran away.
     #[error("send ring of QP {qpn:#x} claims {waiting} requests, more than it holds")]
     SendIndex {
@@ -286,11 +297,7 @@ impl Router {
             move |e: io::Error| RouterError::Io { what, source: e }
         };
         let confined = config.sandbox;
-        let opener = if confined {
-            Opener::thread().map_err(io("cannot start a thread"))?
-        } else {
-            Opener::Direct
-        };
+        let opener = Opener::thread(confined).map_err(io("cannot start a thread"))?;
         let shared =
             Shared::new(&config, opener).map_err(|e| io("cannot make doorbells")(e.into()))?;
         let shared = Arc::new(shared);
@@ -372,6 +379,11 @@ impl Router {
     pub fn stuck(&self) -> Option<(Duration, u32)> {
         let now = self.shared.start.elapsed().as_nanos() as u64;
         self.shared.progress.stuck(now)
+    }
+
+    /// What the operator was not told yet, one line each.
+    pub fn notices(&self) -> Vec<String> {
+        self.shared.notices.take()
     }
 
     /// Everything there is to know.

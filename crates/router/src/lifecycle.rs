@@ -10,6 +10,7 @@ use freeflow_shm::{DirtyMap, Doorbell, Region};
 use freeflow_types::{Gid, TenantId};
 use rustix::io::Errno;
 
+use crate::copier::Patience;
 use crate::engine::Engine;
 use crate::held::Held;
 use crate::memory::Areas;
@@ -55,6 +56,8 @@ impl Engine {
             ready: VecDeque::new(),
             in_line: false,
             held: Held::default(),
+            patience: Patience::new(Instant::now()),
+            late: false,
         };
         let handle = self
             .endpoints

@@ -15,6 +15,7 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
 
 use crate::EndReason;
+use crate::copier::Patience;
 use crate::events::Stream;
 use crate::foreign::ForeignMemory;
 use crate::held::Held;
@@ -41,6 +42,10 @@ pub(crate) struct Endpoint {
     pub(crate) in_line: bool,
     /// What its sessions hold of the router.
     pub(crate) held: Held,
+    /// How long its memory may still have the engine wait.
+    pub(crate) patience: Patience,
+    /// Its memory came late: what cannot be shared is not used any more.
+    pub(crate) late: bool,
 }
 
 /// Who is at the other end of a session, as the kernel says.

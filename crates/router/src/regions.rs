@@ -64,6 +64,9 @@ impl Engine {
                     if s.memory.is_none() {
                         return Err(Errno::PERM);
                     }
+                    if self.endpoints.get(s.endpoint).is_none_or(|e| e.late) {
+                        return Err(Errno::OPNOTSUPP);
+                    }
                     Backing::Foreign { addr }
                 }
             };

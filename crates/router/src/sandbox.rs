@@ -21,6 +21,8 @@ pub(crate) enum Job {
     Engine,
     /// Serves endpoints' sockets.
     Control,
+    /// Copies to and from memory that may come late.
+    Copier,
 }
 
 /// How well a thread is confined.
@@ -132,7 +134,7 @@ fn filter(job: Job) -> Result<BpfProgram, seccompiler::BackendError> {
     const PROT: u8 = 2;
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     let more = match job {
-        Job::Engine => &[],
+        Job::Engine | Job::Copier => &[],
         Job::Control => CONTROL,
     };
     for &call in COMMON.iter().chain(more) {

@@ -16,6 +16,7 @@ use crate::Config;
 use crate::engine::{Engine, Polled};
 use crate::events::StreamId;
 use crate::foreign::Opener;
+use crate::notices::Notices;
 use crate::objects::Session;
 use crate::sandbox::{self, Confinement, Job};
 use crate::watch::Progress;
@@ -41,6 +42,8 @@ pub(crate) struct Shared {
     /// Of each thread that is confined.
     confinement: Mutex<Vec<Confinement>>,
     pub(crate) progress: Progress,
+    /// The engine's, at hand even while it is busy.
+    pub(crate) notices: Notices,
     graves: Sender<Vec<Session>>,
 }
 
@@ -63,6 +66,7 @@ impl Shared {
         let mut engine = Engine::new(config.limits, spin, opener, doorbells.clone());
         engine.max_descriptors = config.max_descriptors;
         Ok(Shared {
+            notices: engine.notices.clone(),
             engine: FairMutex::new(engine),
             confinement: Mutex::default(),
             progress: Progress::default(),

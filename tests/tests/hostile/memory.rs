@@ -1,17 +1,31 @@
 //! Registered memory that changes under the router's hands.
 
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use freeflow_api::{ControlAnswer, Operation};
 use freeflow_session::{PieceDesc, PieceKind, RegMr, Reply, Request, Translation};
 use freeflow_shm::SendEntry;
-use freeflow_tests::DEADLINE;
-use freeflow_tests::rig::{CAP, IOVA, all_rights, join};
+use freeflow_tests::rig::{CAP, IOVA, Rig, all_rights, join};
+use freeflow_tests::{DEADLINE, StuckFile, skip};
 use freeflow_types::{Opcode, QpType, WcStatus};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
 use crate::scene::Scene;
+
+/// A write of one element to a region's start.
+fn write(rkey: u32) -> SendEntry {
+    SendEntry {
+        opcode: Opcode::RdmaWrite.raw() as u8,
+        num_sge: 1,
+        rkey,
+        remote_addr: IOVA,
+        ..SendEntry::default()
+    }
+}
 
 #[test]
 fn pages_that_are_freed_or_punched_under_traffic_harm_nobody() {
@@ -155,6 +169,20 @@ fn requests_at_the_ends_of_all_numbers_are_refused_with_their_status() {
     scene.end();
 }
 
+/// Registers a page of the process's own memory.
+fn foreign_region(rig: &Rig, addr: u64) -> Request {
+    let kind = PieceKind::Foreign { addr };
+    Request::RegMr(RegMr {
+        pd: rig.pd,
+        access: all_rights(),
+        translation: Translation {
+            iova: IOVA,
+            len: 4096,
+            pieces: vec![PieceDesc { len: 4096, kind }],
+        },
+    })
+}
+
 /// Memory of the process itself, which the router reaches across processes: mapped, then gone.
 #[test]
 fn own_memory_that_goes_away_fails_the_request_alone() {
@@ -163,18 +191,7 @@ fn own_memory_that_goes_away_fails_the_request_alone() {
     rig.raw.call(&Request::AttachMemory).unwrap();
     let buffer = vec![7u8; 8192];
     let addr = buffer.as_ptr() as u64;
-    let region = |addr| {
-        let kind = PieceKind::Foreign { addr };
-        Request::RegMr(RegMr {
-            pd: rig.pd,
-            access: all_rights(),
-            translation: Translation {
-                iova: IOVA,
-                len: 4096,
-                pieces: vec![PieceDesc { len: 4096, kind }],
-            },
-        })
-    };
+    let region = |addr| foreign_region(&rig, addr);
     let mut keys = Vec::new();
     // There, never there, and the kernel's.
     for addr in [addr, 4096, 0xFFFF_8000_0000_0000] {
@@ -207,4 +224,86 @@ fn own_memory_that_goes_away_fails_the_request_alone() {
     assert_eq!(rig.bytes(0, 64).unwrap(), [7; 64]);
     drop((rig, buffer));
     scene.end();
+}
+
+/// A process that is killed at the end: it cannot end while somebody else waits for its memory.
+struct Killed(std::process::Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Memory that a file system delivers, or does not: read by the session itself, and written by a
+/// peer.
+#[test]
+fn memory_that_does_not_come_ends_its_session_alone() {
+    for by_peer in [false, true] {
+        let stuck = match StuckFile::new(1 << 16).unwrap() {
+            Ok(stuck) => stuck,
+            Err(why) => return skip("memory that does not come", &why),
+        };
+        let scene = Scene::new();
+        let other = scene.bed.lasting_endpoint("hostile").unwrap();
+        let mut peer = Rig::new(&other.socket, 1 << 16).unwrap();
+        let mut b = peer.qp(QpType::Rc, CAP).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_stuck-memory"));
+        let ip = peer.gid().0;
+        let ip = std::net::Ipv6Addr::from(ip).to_canonical().to_string();
+        command.arg(&scene.hostile.socket).arg(ip);
+        command.args([b.qpn(), peer.key].map(|n| n.to_string()));
+        if !by_peer {
+            command.arg("send");
+        }
+        command.stdin(stuck.file.try_clone().unwrap());
+        let mut client = Killed(command.stdout(Stdio::piped()).spawn().unwrap());
+        let said = client.0.stdout.take().unwrap();
+        let mut line = String::new();
+        BufReader::new(said).read_line(&mut line).unwrap();
+        let (qpn, key) = line.trim().split_once(' ').expect("a QPN and a key");
+        let gid = scene.rig().gid();
+        peer.connect(&b, gid, qpn.parse().unwrap()).unwrap();
+        if by_peer {
+            let entry = write(key.parse().unwrap());
+            let sge = peer.sge(0, 64);
+            peer.send(&mut b, &entry, &[sge]).unwrap();
+            let done = peer.completion(DEADLINE).unwrap();
+            assert_eq!(done.status, WcStatus::RemOpErr.raw() as u8);
+        }
+        scene.ended("did not come in time").unwrap();
+        // The endpoint goes on without such memory: even good one is refused.
+        let again = scene.rig();
+        again.raw.call(&Request::AttachMemory).unwrap();
+        let buffer = vec![0u8; 8192];
+        let refused = foreign_region(&again, buffer.as_ptr() as u64);
+        assert_eq!(again.raw.refused(&refused).unwrap(), Errno::OPNOTSUPP);
+        let name = scene.hostile.name.as_str();
+        let counted = |status: &serde_json::Value| {
+            status["endpoints"].as_array().is_some_and(|all| {
+                let mut own = all.iter().filter(|e| e["name"] == name);
+                own.any(|e| e["counters"]["late_memory"] == 1)
+            })
+        };
+        scene.bed.wait_for_status(counted, DEADLINE).unwrap();
+        // Others' memory is still reached.
+        peer.raw.call(&Request::AttachMemory).unwrap();
+        let region = foreign_region(&peer, buffer.as_ptr() as u64);
+        let Reply::Mr(good) = peer.raw.call(&region).unwrap().0 else {
+            panic!("not a region");
+        };
+        let mut c = peer.qp(QpType::Rc, CAP).unwrap();
+        let d = peer.qp(QpType::Rc, CAP).unwrap();
+        join((&peer, &c), (&peer, &d)).unwrap();
+        let entry = write(good.key.0);
+        let sge = peer.sge(0, 64);
+        peer.send(&mut c, &entry, &[sge]).unwrap();
+        assert_eq!(peer.completion(DEADLINE).unwrap().status, 0);
+        drop((again, peer, stuck, client, buffer));
+        let name = other.name;
+        let removed = scene.bed.control(Operation::RemoveEndpoint { name });
+        assert_eq!(removed.unwrap(), ControlAnswer::Done);
+        scene.end();
+    }
 }
