@@ -3,7 +3,7 @@
 //! Verbs objects are reference-counted values over one [`session`](Context::open) per process
 //! with the router. Control verbs are messages and wait for their answer; posting and polling
 //! touch shared memory alone, but for the doorbell of a router that sleeps. The library starts no
-//! threads, installs nothing, and makes its system calls itself, so that libraries that interpose
+//! threads, installs nothing but handlers of `fork`, and makes its system calls itself, so that libraries that interpose
 //! on libc's do not interpose on it.
 //!
 //! If the router dies, every object stays usable enough to end: work requests are completed with
@@ -37,5 +37,6 @@ pub use mw::Mw;
 pub use qp::{Qp, QpInit, RecvQueue, SendQueue, SendWr, UdTarget};
 /// An errno value, as the man pages name it.
 pub use rustix::io::Errno;
+pub use session::prepare_for_fork;
 pub use srq::{Srq, SrqAttr, SrqQueue};
 pub use xrc::Xrcd;

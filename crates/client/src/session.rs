@@ -1,10 +1,12 @@
 //! The process's session with the router, and what all objects share.
 
+use std::cell::Cell;
 use std::collections::HashMap;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use freeflow_convert::{PageSource, PoolRange};
 use freeflow_session::{DeviceInfo, Handle, PROTOCOL_VERSION, Reply, Request, RingLocation};
@@ -55,6 +57,27 @@ pub(crate) struct Session {
 }
 
 static SESSION: Mutex<Option<Arc<Session>>> = Mutex::new(None);
+
+thread_local! {
+    /// The lock of [`SESSION`], while this thread forks.
+    static HELD: Cell<ManuallyDrop<Option<Current>>> = const { Cell::new(ManuallyDrop::new(None)) };
+}
+
+type Current = MutexGuard<'static, Option<Arc<Session>>>;
+
+/// Holds the process's session around each fork: else a child whose parent was opening one in
+/// another thread would wait for that thread, which it does not have. Called when the library is
+/// loaded.
+pub fn prepare_for_fork() {
+    freeflow_convert::around_fork(
+        || HELD.set(ManuallyDrop::new(Some(unpoisoned(&SESSION)))),
+        || {
+            drop(ManuallyDrop::into_inner(
+                HELD.replace(ManuallyDrop::new(None)),
+            ))
+        },
+    );
+}
 
 pub(crate) fn unpoisoned<T>(lock: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     // A panic aborts the process.

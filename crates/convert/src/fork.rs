@@ -12,8 +12,8 @@ use std::ffi::CString;
 use std::mem::ManuallyDrop;
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Once, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -50,6 +50,21 @@ unsafe impl Sync for Slot {}
 
 static FORKING: Slot = Slot(UnsafeCell::new(None));
 
+type Around = (fn(), fn());
+
+/// What else is done around a fork: before it, and after it in both processes.
+static AROUND: OnceLock<Around> = OnceLock::new();
+
+/// Installs the handlers, and has `before` called first before each fork, and `after` last after
+/// it, in both processes and by the thread that forks. Only the first call's functions count. Meant
+/// for when the library is loaded: no other thread forks then.
+///
+/// A lock that is held around each fork, and taken before the converter's, is free in the child.
+pub fn around_fork(before: fn(), after: fn()) {
+    let _ = AROUND.set((before, after));
+    install();
+}
+
 /// Installs the handlers, once.
 pub(crate) fn install() {
     static ONCE: Once = Once::new();
@@ -73,6 +88,9 @@ fn keeping_errno(work: impl FnOnce()) {
 
 unsafe extern "C" fn prepare() {
     keeping_errno(|| {
+        if let Some((before, _)) = AROUND.get() {
+            before();
+        }
         let mut forking = Forking {
             converter: Locked::new(),
             done: None,
@@ -168,32 +186,43 @@ fn take() -> Option<Forking> {
     unsafe { (*FORKING.0.get()).take() }
 }
 
+fn after() {
+    if let Some((_, after)) = AROUND.get() {
+        after();
+    }
+}
+
 unsafe extern "C" fn parent() {
     keeping_errno(|| {
-        let Some(mut forking) = take() else {
-            return;
-        };
-        // Relaxed: see `watch`.
-        FORKED.store(true, Ordering::Relaxed);
-        if let Some((read, write)) = forking.done {
-            drop(write);
-            let mut byte = [0];
-            while rustix::io::read(&read, &mut byte) == Err(Errno::INTR) {}
-        }
-        if let Some(breaker) = &forking.breaker
-            && let Converter {
-                uffd: Uffds::Open(uffd),
-                maps: Some(maps),
-                ..
-            } = &mut *forking.converter
-        {
-            breaker.stop();
-            release(uffd, maps, &forking.ours);
-        }
-        if let Some(breaker) = forking.breaker {
-            breaker.join();
-        }
+        resume_parent();
+        after();
     });
+}
+
+fn resume_parent() {
+    let Some(mut forking) = take() else {
+        return;
+    };
+    // Relaxed: see `watch`.
+    FORKED.store(true, Ordering::Relaxed);
+    if let Some((read, write)) = forking.done {
+        drop(write);
+        let mut byte = [0];
+        while rustix::io::read(&read, &mut byte) == Err(Errno::INTR) {}
+    }
+    if let Some(breaker) = &forking.breaker
+        && let Converter {
+            uffd: Uffds::Open(uffd),
+            maps: Some(maps),
+            ..
+        } = &mut *forking.converter
+    {
+        breaker.stop();
+        release(uffd, maps, &forking.ours);
+    }
+    if let Some(breaker) = forking.breaker {
+        breaker.join();
+    }
 }
 
 /// Lets writers go on, also where the application has unmapped a part of a mapping.
@@ -211,16 +240,21 @@ fn release(uffd: &Uffd, maps: &mut Maps, held: &[Vma]) {
 
 unsafe extern "C" fn child() {
     keeping_errno(|| {
-        let Some(mut forking) = take() else {
-            return;
-        };
-        // Before that, nothing may be allocated or freed: the heap may be shared.
-        separate(&forking.converter, &forking.ours);
-        if let Some((_, write)) = forking.done {
-            let _ = rustix::io::write(&write, &[1]);
-        }
-        forking.converter.reset();
+        begin_child();
+        after();
     });
+}
+
+fn begin_child() {
+    let Some(mut forking) = take() else {
+        return;
+    };
+    // Before that, nothing may be allocated or freed: the heap may be shared.
+    separate(&forking.converter, &forking.ours);
+    if let Some((_, write)) = forking.done {
+        let _ = rustix::io::write(&write, &[1]);
+    }
+    forking.converter.reset();
 }
 
 /// Replaces every mapping of our pages by private copies. Other threads may have moved one since

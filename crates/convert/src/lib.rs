@@ -55,6 +55,7 @@ use rustix::io::Errno;
 
 pub use buffer::Buffer;
 pub use converter::{Converter, Stats};
+pub use fork::around_fork;
 pub use uffd::{UffdMode, probe as probe_userfaultfd};
 
 /// A range of a pool segment, in whole pages.

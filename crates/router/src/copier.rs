@@ -259,11 +259,7 @@ impl Threads {
 
 impl Copiers {
     /// Makes a copy; returns its buffer.
-    pub(crate) fn copy(
-        &mut self,
-        job: Job,
-        patience: &mut Patience,
-    ) -> Result<Vec<u8>, Failed> {
+    pub(crate) fn copy(&mut self, job: Job, patience: &mut Patience) -> Result<Vec<u8>, Failed> {
         let (job, good) = match self {
             #[cfg(any(test, feature = "testing"))]
             Copiers::Direct => {

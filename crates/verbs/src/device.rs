@@ -65,6 +65,19 @@ fn device() -> *mut ibv_device {
     std::ptr::from_ref(&device.0.device).cast_mut()
 }
 
+extern "C" fn loaded() {
+    client::prepare_for_fork();
+    // Not in one thread while another forks.
+    device();
+}
+
+/// Called by the loader.
+#[used]
+// SAFETY: the section holds functions of this type; it needs nothing of libraries that are loaded
+// later.
+#[unsafe(link_section = ".init_array")]
+static LOADED: extern "C" fn() = loaded;
+
 /// `ibv_get_device_list(3)`: without an endpoint, an empty list.
 pub(crate) unsafe extern "C" fn get_device_list(num: *mut c_int) -> *mut *mut ibv_device {
     let found = client::device().is_ok();
