@@ -93,6 +93,7 @@ fn a_session_has_as_many_regions_as_it_may() {
     });
     let socket = dir.path().join("endpoint.sock");
     let endpoint = EndpointSpec {
+        quota: Vec::new(),
         name: "e".to_owned(),
         tenant: "t".to_owned(),
         ip: VirtualIp("10.79.0.1".parse().unwrap()),

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use freeflow_policy::Setting;
 use serde::{Deserialize, Serialize};
 
 use crate::RouterStatus;
@@ -38,6 +39,13 @@ pub enum Operation {
         /// Its name.
         name: String,
     },
+    /// Changes an endpoint's limits; what is in use above them stays.
+    SetQuota {
+        /// Its name.
+        name: String,
+        /// The limits that change.
+        settings: Vec<Setting>,
+    },
     /// Gives an endpoint's program an interface on its tenant's network. The message comes with
     /// a descriptor of the program's network namespace.
     AttachNetwork {
@@ -57,6 +65,9 @@ pub struct NewEndpoint {
     pub tenant: Option<String>,
     /// Whether it ends with the connection that created it.
     pub ephemeral: bool,
+    /// Limits other than the usual ones.
+    #[serde(default)]
+    pub quota: Vec<Setting>,
 }
 
 /// The answer to a request.

@@ -13,5 +13,8 @@ pub use control::{
     CONTROL_VERSION, ControlAnswer, ControlRequest, Envelope, MAX_CONTROL_BYTES, NewEndpoint,
     Operation,
 };
+pub use freeflow_policy::{Resource, Setting};
 pub use runtime::RuntimeDir;
-pub use status::{Counters, EndedSession, EndpointStatus, RouterStatus, SessionStatus};
+pub use status::{
+    Counters, EndedSession, EndpointStatus, QuotaStatus, RouterStatus, SessionStatus,
+};

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use freeflow_policy::Resource;
 use serde::{Deserialize, Serialize};
 
 /// A router and everything it serves.
@@ -39,6 +40,21 @@ pub struct EndpointStatus {
     pub sessions: Vec<SessionStatus>,
     /// What it has done.
     pub counters: Counters,
+    /// What it may have, and has.
+    pub quota: Vec<QuotaStatus>,
+}
+
+/// One limit of an endpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QuotaStatus {
+    /// Of what.
+    pub resource: Resource,
+    /// How much its sessions have; of a rate, nothing.
+    pub used: u64,
+    /// The most they may have, `null` if it is not limited; of a rate, per second.
+    pub limit: Option<u64>,
+    /// Requests refused because of it.
+    pub refused: u64,
 }
 
 /// A process connected to an endpoint.

@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use freeflow_api::RuntimeDir;
+use freeflow_api::{RuntimeDir, Setting};
 
 /// `freeflow doctor` found something that FreeFlow cannot do without.
 const EXIT_UNFIT: u8 = 1;
@@ -130,6 +130,11 @@ struct RunArgs {
     /// Tenant: endpoints of different tenants never reach each other [default: default]
     #[arg(long)]
     tenant: Option<String>,
+    /// Limits of the endpoint, separated by commas: pds, channels, cqs, qps, srqs, xrcds, mrs, mws,
+    /// registered (bytes), outstanding (work requests its queues hold), control (verbs per second;
+    /// more are delayed). K, M, G and T are powers of 1024; "none" is no limit
+    #[arg(long, value_name = "NAME=LIMIT", value_delimiter = ',')]
+    quota: Vec<Setting>,
     /// The program's network: the host's, or one of its own
     #[arg(long, value_enum, default_value_t = Network::Host)]
     network: Network,
@@ -167,8 +172,24 @@ enum EndpointCommand {
         /// Tenant [default: default]
         #[arg(long)]
         tenant: Option<String>,
+        /// Limits, as for `freeflow run`
+        #[arg(long, value_name = "NAME=LIMIT", value_delimiter = ',')]
+        quota: Vec<Setting>,
         #[command(flatten)]
         output: OutputArgs,
+    },
+    /// Change an endpoint's limits while it lives; what is in use above them stays
+    Set {
+        /// Name
+        name: String,
+        /// Limits, as for `freeflow run`
+        #[arg(
+            long,
+            required = true,
+            value_name = "NAME=LIMIT",
+            value_delimiter = ','
+        )]
+        quota: Vec<Setting>,
     },
     /// Show one endpoint
     Inspect {

@@ -40,6 +40,7 @@ pub(crate) fn run(dir: &RuntimeDir, args: &RunArgs) -> Result<ExitCode> {
         ip: args.ip,
         tenant: args.tenant.clone(),
         ephemeral: true,
+        quota: args.quota.clone(),
     };
     let endpoint = start::endpoint(dir, &new, args.verbose)?;
     if args.verbose {

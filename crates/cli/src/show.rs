@@ -4,7 +4,8 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use freeflow_api::{
-    ControlAnswer, EndpointStatus, NewEndpoint, Operation, RouterStatus, RuntimeDir,
+    ControlAnswer, EndpointStatus, NewEndpoint, Operation, QuotaStatus, Resource, RouterStatus,
+    RuntimeDir,
 };
 
 use crate::client::{Client, unexpected};
@@ -132,6 +133,24 @@ fn print_endpoints(endpoints: &[EndpointStatus]) {
     print_table(&rows);
 }
 
+fn print_quota(quota: &[QuotaStatus]) {
+    let mut rows = vec![row(&["QUOTA", "USED", "LIMIT", "REFUSED"])];
+    for q in quota {
+        let limit = q.limit.map_or_else(|| "none".to_owned(), |n| n.to_string());
+        rows.push(match q.resource {
+            Resource::Control => row(&[q.resource.name(), "-", &format!("{limit}/s"), "-"]),
+            other => row(&[
+                other.name(),
+                &q.used.to_string(),
+                &limit,
+                &q.refused.to_string(),
+            ]),
+        });
+    }
+    println!();
+    print_table(&rows);
+}
+
 pub(crate) fn endpoint(dir: &RuntimeDir, command: &EndpointCommand) -> Result<ExitCode> {
     let client = Client::connect(dir)?;
     match command {
@@ -146,6 +165,7 @@ pub(crate) fn endpoint(dir: &RuntimeDir, command: &EndpointCommand) -> Result<Ex
             name,
             ip,
             tenant,
+            quota,
             output,
         } => {
             let new = NewEndpoint {
@@ -153,6 +173,7 @@ pub(crate) fn endpoint(dir: &RuntimeDir, command: &EndpointCommand) -> Result<Ex
                 ip: *ip,
                 tenant: tenant.clone(),
                 ephemeral: false,
+                quota: quota.clone(),
             };
             match client.call(Operation::CreateEndpoint(new), &[])? {
                 ControlAnswer::Created { name, ip, socket } => match output.output {
@@ -175,8 +196,13 @@ pub(crate) fn endpoint(dir: &RuntimeDir, command: &EndpointCommand) -> Result<Ex
                 Output::Text => {
                     print_endpoints(std::slice::from_ref(&found));
                     println!("gid {}\nsocket {}", found.gid, found.socket.display());
+                    print_quota(&found.quota);
                 }
             }
+        }
+        EndpointCommand::Set { name, quota } => {
+            let (name, settings) = (name.clone(), quota.clone());
+            client.tell(Operation::SetQuota { name, settings }, &[])?;
         }
         EndpointCommand::Rm { name } => {
             client.tell(Operation::RemoveEndpoint { name: name.clone() }, &[])?;

@@ -269,6 +269,7 @@ impl Admin {
                 let own = ephemeral.iter().find(|(of, _)| *of == name);
                 done(self.remove(&name, own.map(|&(_, number)| number)))
             }
+            Operation::SetQuota { name, settings } => done(self.router.set_quota(&name, &settings)),
             Operation::AttachNetwork { name } => done(self.attach(&name, fds)),
         };
         result.unwrap_or_else(|e| ControlAnswer::Error(e.to_string()))
@@ -333,6 +334,7 @@ impl Admin {
             tenant,
             ip: VirtualIp(ip),
             socket: socket.clone(),
+            quota: new.quota,
         };
         self.router.add_endpoint(spec)?;
         Ok((name, ip, socket))

@@ -21,6 +21,8 @@ pub(crate) struct Connection {
     pub(crate) endpoint: Handle,
     pub(crate) process: PeerProcess,
     pub(crate) session: Option<Handle>,
+    /// It has waited for its next message's token.
+    pub(crate) granted: bool,
 }
 
 /// All of them.
@@ -53,6 +55,10 @@ impl Connections {
         self.arrivals.push_back((now, number));
         self.by_number.insert(number, connection);
         number
+    }
+
+    pub(crate) fn get_mut(&mut self, number: u32) -> Option<&mut Connection> {
+        self.by_number.get_mut(&number)
     }
 
     pub(crate) fn get(&self, number: u32) -> Option<&Connection> {
@@ -129,6 +135,7 @@ mod tests {
             endpoint: Handle(endpoint),
             process,
             session: None,
+            granted: false,
         }
     }
 

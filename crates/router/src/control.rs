@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use freeflow_policy::Resource;
 use freeflow_session::{
     CqCreated, CreateCq, CreateQp, Errno as WireErrno, Handle, PROTOCOL_VERSION, QpCreated,
     QpQueried, Reply, Request, RingLocation, Welcome,
@@ -17,7 +18,7 @@ use crate::events::Stream;
 use crate::held::Held;
 use crate::memory::Range;
 use crate::objects::{
-    Channel, Context, Cq, Pd, QpObject, Rings, Session, Slot, Waiting, bytes_of_words,
+    Channel, Context, Cq, Pd, QpObject, Rings, Session, Slot, Waiting, bytes_of_words, capacity,
 };
 use crate::table::NONE;
 
@@ -204,7 +205,7 @@ impl Engine {
         let device = freeflow_session::DeviceInfo {
             node_guid: node_guid(endpoint.gid.0),
             gids: vec![endpoint.gid],
-            limits: self.limits,
+            limits: endpoint.limits(&self.limits),
             endpoint: endpoint.name.clone(),
             page_size: crate::memory::page_size(),
         };
@@ -298,6 +299,7 @@ impl Engine {
         if self.session_mut(session)?.counts.pds >= limit {
             return Err(Errno::NOMEM);
         }
+        self.check_quota(session, Resource::Pds, 1)?;
         let pd = Pd {
             session,
             context,
@@ -349,6 +351,7 @@ impl Engine {
         if self.session_mut(session)?.counts.channels >= limit {
             return Err(Errno::NOMEM);
         }
+        self.check_quota(session, Resource::Channels, 1)?;
         self.check_session(session, Held::DESCRIPTOR)?;
         let (router, program) = event_pair()?;
         let channel = Channel {
@@ -404,6 +407,7 @@ impl Engine {
         if self.session_mut(session)?.counts.cqs >= limit {
             return Err(Errno::NOMEM);
         }
+        self.check_quota(session, Resource::Cqs, 1)?;
         let entries = request.cqe.next_power_of_two();
         let len = bytes_of_words(CqRing::words(entries));
         let Ring {
@@ -512,6 +516,7 @@ impl Engine {
         if self.session_mut(session)?.counts.qps >= limit {
             return Err(Errno::NOMEM);
         }
+        self.check_quota(session, Resource::Qps, 1)?;
         let has_ring = !xrc && request.srq.is_none();
         let cap = &request.cap;
         let geometry = QpGeometry::new(
@@ -528,6 +533,8 @@ impl Engine {
             max_recv_sge: if has_ring { cap.max_recv_sge.max(1) } else { 0 },
             max_inline: geometry.inline().min(self.limits.max_inline),
         };
+        let requests = capacity(&geometry);
+        self.check_quota(session, Resource::Outstanding, requests)?;
         let qpn = self.new_qpn()?;
         let endpoint = self.session_mut(session)?.endpoint;
         let len = bytes_of_words(geometry.words());
@@ -584,6 +591,7 @@ impl Engine {
         let s = self.session_mut(session)?;
         s.set_slot(slot, Slot::Qp(qp));
         s.counts.qps += 1;
+        s.counts.outstanding += requests;
         self.by_qpn.insert(qpn.get(), qp);
         self.own_pd(session, request.pd)?.users += 1;
         self.own_cq(session, request.send_cq)?.users += 1;
@@ -701,8 +709,10 @@ impl Engine {
                 cq.users -= 1;
             }
         }
+        let requests = q.capacity();
         if let Some(s) = self.sessions.get_mut(q.session) {
             s.counts.qps -= 1;
+            s.counts.outstanding -= requests;
             s.free_slot(q.slot);
             if let Some(rings) = q.rings {
                 // It was handed out by the same areas.

@@ -3,6 +3,7 @@
 
 use std::ops::{Add, Sub};
 
+use freeflow_policy::Usage;
 use freeflow_session::Handle;
 use rustix::io::Errno;
 
@@ -131,7 +132,10 @@ impl Engine {
         };
         let now = s.held();
         let before = std::mem::replace(&mut s.held, now);
+        let usage = s.usage();
+        let old = std::mem::replace(&mut s.usage, usage);
         if let Some(e) = self.endpoints.get_mut(s.endpoint) {
+            e.count(&old, &usage);
             e.held = e.held + now - before;
         }
     }
@@ -140,6 +144,7 @@ impl Engine {
     pub(crate) fn settle(&mut self, session: &Session) {
         if let Some(e) = self.endpoints.get_mut(session.endpoint) {
             e.held = e.held - session.held;
+            e.count(&session.usage, &Usage::default());
         }
     }
 }

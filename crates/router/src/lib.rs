@@ -30,6 +30,7 @@ mod objects;
 mod posted;
 #[cfg(test)]
 mod posted_tests;
+mod quota;
 mod receive;
 mod regions;
 mod sandbox;
@@ -59,6 +60,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use freeflow_api::{RouterStatus, RuntimeDir};
+use freeflow_policy::Setting;
 use freeflow_session::Handle;
 use freeflow_types::{DeviceLimits, VirtualIp};
 use rustix::io::Errno;
@@ -118,6 +120,8 @@ pub struct EndpointSpec {
     pub ip: VirtualIp,
     /// Where the endpoint's socket is made.
     pub socket: PathBuf,
+    /// Limits other than the usual ones.
+    pub quota: Vec<Setting>,
 }
 
 /// Why a router did not do what it was asked.
@@ -336,6 +340,7 @@ impl Router {
     pub fn add_endpoint(&self, spec: EndpointSpec) -> Result<(), RouterError> {
         let mut endpoints = self.endpoints();
         let handle = self.shared.with(|engine| engine.add_endpoint(&spec))?;
+        self.shared.set_rate(handle, &spec.quota);
         let served = listen(&spec.socket)
             .map_err(|e| match Errno::from_io_error(&e) {
                 Some(Errno::MFILE) => io::Error::other(
@@ -345,6 +350,7 @@ impl Router {
             })
             .and_then(|socket| self.listeners.add(handle, socket).map_err(io::Error::from));
         if let Err(source) = served {
+            self.shared.forget_rate(handle);
             self.shared.with(|engine| engine.remove_endpoint(handle));
             let what = format!(
                 "cannot serve the endpoint's socket {}",
@@ -361,6 +367,20 @@ impl Router {
         self.shared.with(|engine| engine.tenant(endpoint))
     }
 
+    /// Changes an endpoint's quota, from now on: what is in use above it stays.
+    pub fn set_quota(&self, name: &str, settings: &[Setting]) -> Result<(), RouterError> {
+        let endpoints = self.endpoints();
+        let Some(&(handle, _)) = endpoints.get(name) else {
+            return Err(RouterError::NoEndpoint {
+                name: name.to_owned(),
+            });
+        };
+        self.shared.set_rate(handle, settings);
+        self.shared
+            .with(|engine| engine.set_quota(handle, settings));
+        Ok(())
+    }
+
     /// Removes an endpoint: its sessions end, its socket is gone, its address is free.
     pub fn remove_endpoint(&self, name: &str) -> Result<(), RouterError> {
         let Some((handle, socket)) = self.endpoints().remove(name) else {
@@ -370,6 +390,7 @@ impl Router {
         };
         self.listeners.remove(handle);
         let _ = std::fs::remove_file(socket);
+        self.shared.forget_rate(handle);
         self.shared.with(|engine| engine.remove_endpoint(handle));
         Ok(())
     }

@@ -16,6 +16,7 @@ use crate::held::Held;
 use crate::memory::Areas;
 use crate::objects::{Counts, Endpoint, Peer, Session, Watched, bytes_of_words};
 use crate::posted::Posted;
+use crate::quota::Allowance;
 use crate::{EndReason, EndpointSpec, RouterError};
 
 /// Sessions that ended and are still told of in the status.
@@ -58,12 +59,14 @@ impl Engine {
             held: Held::default(),
             patience: Patience::new(Instant::now()),
             late: false,
+            allowance: Allowance::default(),
         };
         let handle = self
             .endpoints
             .insert(endpoint)
             .ok_or(RouterError::TooMany)?;
         self.by_gid.insert((tenant, gid), handle);
+        self.set_quota(handle, &spec.quota);
         Ok(handle)
     }
 
@@ -115,6 +118,7 @@ impl Engine {
             events_waiting: 0,
             counts: Counts::default(),
             held: Held::default(),
+            usage: Default::default(),
             hot: false,
             last_active: 0,
             ending: None,
@@ -217,6 +221,7 @@ impl Engine {
                     .filter_map(|session| Some(self.sessions.get(session)?.status()))
                     .collect(),
                 counters: e.counters.clone(),
+                quota: e.quota_status(),
             })
             .collect();
         all.sort_by(|a, b| a.name.cmp(&b.name));

@@ -44,6 +44,7 @@ impl Host {
             tenant: "t".to_owned(),
             ip,
             socket: "/nowhere".into(),
+            quota: Vec::new(),
         };
         engine.add_endpoint(&spec).unwrap();
         let nobody = Handle(0);

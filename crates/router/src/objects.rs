@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use freeflow_policy::Usage;
 use freeflow_session::Handle;
 use freeflow_shm::{
     AtomicU64, CqRing, DirtyMap, Doorbell, MAX_SLOTS, QpGeometry, QpRings, Region, Sge,
@@ -22,6 +23,7 @@ use crate::held::Held;
 use crate::keys::Keys;
 use crate::memory::{Areas, Range};
 use crate::posted::Posted;
+use crate::quota::Allowance;
 use crate::srq::Ticket;
 use crate::table::{NONE, Owned};
 use crate::xrc::XrcRecv;
@@ -44,6 +46,8 @@ pub(crate) struct Endpoint {
     pub(crate) held: Held,
     /// How long its memory may still have the engine wait.
     pub(crate) patience: Patience,
+    /// What it may have, and what it has.
+    pub(crate) allowance: Allowance,
     /// Its memory came late: what cannot be shared is not used any more.
     pub(crate) late: bool,
 }
@@ -110,6 +114,8 @@ pub(crate) struct Session {
     pub(crate) counts: Counts,
     /// What it holds of the router, as last counted.
     pub(crate) held: Held,
+    /// What it has against quotas, as last counted.
+    pub(crate) usage: Usage,
     /// Whether the engine looks at the dirty map without being asked to.
     pub(crate) hot: bool,
     pub(crate) last_active: u64,
@@ -141,6 +147,8 @@ pub(crate) struct Counts {
     pub(crate) qps: u32,
     pub(crate) srqs: u32,
     pub(crate) xrcds: u32,
+    /// Work requests that its queues can hold.
+    pub(crate) outstanding: u64,
     /// Pieces of all memory regions.
     pub(crate) pieces: u64,
     pub(crate) registered: u64,
@@ -243,13 +251,18 @@ pub(crate) struct Mr {
 impl Mr {
     /// Bytes registered and, of these, foreign ones, as the session's counts have them.
     pub(crate) fn weight(&self) -> (u64, u64) {
-        let sum = |of: fn(&Backing) -> bool| {
-            let pieces = self.pieces.iter().filter(|p| of(&p.backing));
-            pieces.map(|p| p.len).sum()
-        };
-        let registered = sum(|b| !matches!(b, Backing::Null));
-        (registered, sum(|b| matches!(b, Backing::Foreign { .. })))
+        weight(&self.pieces)
     }
+}
+
+/// Bytes of a region's pieces and, of these, foreign ones.
+pub(crate) fn weight(pieces: &[Piece]) -> (u64, u64) {
+    let sum = |of: fn(&Backing) -> bool| {
+        let pieces = pieces.iter().filter(|p| of(&p.backing));
+        pieces.map(|p| p.len).sum()
+    };
+    let registered = sum(|b| !matches!(b, Backing::Null));
+    (registered, sum(|b| matches!(b, Backing::Foreign { .. })))
 }
 
 /// Device memory: pages of a pool segment that the program reaches by copying alone.
@@ -374,11 +387,21 @@ impl QpObject {
         QpRings::new(rings.region.words(), rings.geometry)
     }
 
+    /// Work requests that its rings hold.
+    pub(crate) fn capacity(&self) -> u64 {
+        self.rings.as_ref().map_or(0, |r| capacity(&r.geometry))
+    }
+
     /// Send requests the ring holds.
     pub(crate) fn send_entries(&self) -> u64 {
         let entries = |r: &Rings| r.geometry.send_entries().into();
         self.rings.as_ref().map_or(0, entries)
     }
+}
+
+/// Work requests that rings of this geometry hold.
+pub(crate) fn capacity(geometry: &QpGeometry) -> u64 {
+    u64::from(geometry.send_entries()) + u64::from(geometry.recv_entries())
 }
 
 /// Objects end with the context that they were made in, contexts with their session, sessions

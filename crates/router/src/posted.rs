@@ -206,6 +206,7 @@ impl Engine {
             fds = ring.fds;
         }
         let limit = self.limits.max_mr;
+        let allowed = self.region_room(session);
         let s = self.session_mut(session)?;
         let posted = s.posted.as_mut().ok_or(Errno::NOMEM)?;
         for &slot in &request.back {
@@ -215,6 +216,7 @@ impl Engine {
             }
         }
         let room = limit.saturating_sub(s.counts.mrs + s.counts.slots) / 2;
+        let room = room.min(allowed / 2);
         let mut slots = Vec::new();
         for _ in 0..request.want.min(room) {
             let Some(slot) = posted.take_spare() else {

@@ -1,5 +1,6 @@
 //! Control verbs of memory regions and device memory.
 
+use freeflow_policy::Resource;
 use freeflow_session::{
     AdviseMr, DmAllocated, Handle, MrRegistered, PieceDesc, PieceKind, RegDmMr, RegMr, Reply,
     ReregMr, Translation,
@@ -11,7 +12,7 @@ use crate::control::{Outcome, done};
 use crate::engine::Engine;
 use crate::held::Held;
 use crate::keys::Named;
-use crate::objects::{Backing, Dm, Mr, Piece};
+use crate::objects::{Backing, Dm, Mr, Piece, weight};
 
 /// Rights that a region may have. Pages of a memfd do not survive the host: nothing here is
 /// persistent.
@@ -102,6 +103,9 @@ impl Engine {
             return Err(Errno::NOMEM);
         }
         self.check_session(session, Held::pieces(pieces.len()))?;
+        self.check_quota(session, Resource::Mrs, 1)?;
+        let registered = weight(&pieces).0;
+        self.check_quota(session, Resource::Registered, registered)?;
         let s = self.session_mut(session)?;
         let key = key.map_or_else(|| s.keys.choose(), Ok)?;
         let region = Mr {
@@ -164,6 +168,9 @@ impl Engine {
         };
         if let Some((.., pieces)) = &place {
             self.check_session(session, Held::pieces(pieces.len()))?;
+            let old = self.own_mr(session, request.mr)?.weight().0;
+            let more = weight(pieces).0.saturating_sub(old);
+            self.check_quota(session, Resource::Registered, more)?;
         }
         let m = self.own_mr(session, request.mr)?;
         let old = m.weight();

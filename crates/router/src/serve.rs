@@ -1,11 +1,13 @@
 //! What the router's two threads share, and the thread that polls the engine.
 
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use freeflow_policy::{Resource, Setting, TokenBucket};
 use freeflow_session::Handle;
 use freeflow_shm::Doorbell;
 use parking_lot::{Mutex as FairMutex, MutexGuard};
@@ -45,6 +47,8 @@ pub(crate) struct Shared {
     /// The engine's, at hand even while it is busy.
     pub(crate) notices: Notices,
     graves: Sender<Vec<Session>>,
+    /// Control verbs of the endpoints whose rate is limited.
+    rates: Mutex<HashMap<Handle, TokenBucket>>,
 }
 
 /// A thread that drops the sessions that are sent to it, until nobody can send any more.
@@ -71,6 +75,7 @@ impl Shared {
             confinement: Mutex::default(),
             progress: Progress::default(),
             graves: undertaker().map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::AGAIN))?,
+            rates: Mutex::default(),
             asleep: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             kick,
@@ -80,8 +85,36 @@ impl Shared {
         })
     }
 
-    fn now(&self) -> u64 {
+    pub(crate) fn now(&self) -> u64 {
         self.start.elapsed().as_nanos() as u64
+    }
+
+    fn rates(&self) -> std::sync::MutexGuard<'_, HashMap<Handle, TokenBucket>> {
+        self.rates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Limits the rate of an endpoint's control verbs, if a setting says so.
+    pub(crate) fn set_rate(&self, endpoint: Handle, settings: &[Setting]) {
+        let now = self.now();
+        for setting in settings.iter().filter(|s| s.resource == Resource::Control) {
+            let bucket = TokenBucket::new(setting.limit, now);
+            self.rates()
+                .entry(endpoint)
+                .or_insert(bucket)
+                .set_rate(setting.limit, now);
+        }
+    }
+
+    pub(crate) fn forget_rate(&self, endpoint: Handle) {
+        self.rates().remove(&endpoint);
+    }
+
+    /// When an endpoint may have its next control verb executed.
+    pub(crate) fn take_token(&self, endpoint: Handle, now: u64) -> u64 {
+        let mut rates = self.rates();
+        rates
+            .get_mut(&endpoint)
+            .map_or(now, |bucket| bucket.take(now))
     }
 
     /// Runs `f` on the engine, at the latest after the polling thread's present round.

@@ -1,6 +1,6 @@
 //! The thread that serves endpoints' sockets.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -28,6 +28,9 @@ const RESERVE: usize = 16;
 
 /// A socket whose connections cannot be accepted is left alone for so long.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// When there are no tokens for control verbs at all, somebody may have changed that.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// Bytes of answers that wait to be read: a few, as the library reads one before it asks for the
 /// next. (The kernel makes more of it.)
@@ -119,6 +122,8 @@ pub(crate) struct Server {
     reserve: Vec<OwnedFd>,
     /// Endpoints whose sockets are left alone until then.
     paused: Option<(Instant, Vec<Handle>)>,
+    /// Connections that are not read from before a time, and whether their token is there then.
+    delayed: BTreeSet<(u64, u32, bool)>,
     buffer: Vec<u8>,
 }
 
@@ -139,6 +144,7 @@ impl Server {
             connections: Connections::default(),
             reserve: Vec::new(),
             paused: None,
+            delayed: BTreeSet::new(),
             buffer: vec![0; MAX_MESSAGE_BYTES + 1],
         };
         server.fill_reserve();
@@ -170,16 +176,53 @@ impl Server {
                 self.close(number, EndReason::Closed);
             }
             self.resume(now);
+            self.undelay();
+        }
+    }
+
+    /// Reads no more from a connection for now: not even its end is looked at, but its process's.
+    fn delay(&mut self, number: u32, at: u64, now: u64) {
+        let Some(connection) = self.connections.get(number) else {
+            return;
+        };
+        let _ = epoll::delete(&*self.epoll, &connection.socket);
+        // A rate of nothing may be changed.
+        let again = now.saturating_add(ASK_AGAIN.as_nanos() as u64);
+        let never = at == u64::MAX;
+        let at = if never { again } else { at };
+        self.delayed.insert((at, number, !never));
+    }
+
+    fn undelay(&mut self) {
+        let now = self.shared.now();
+        while let Some(&(at, number, granted)) = self.delayed.first()
+            && at <= now
+        {
+            self.delayed.pop_first();
+            let Some(connection) = self.connections.get_mut(number) else {
+                continue;
+            };
+            connection.granted = granted;
+            let data = Watched::Connection(number).data();
+            let added = epoll::add(&*self.epoll, &connection.socket, data, EventFlags::IN);
+            if added.is_err() {
+                self.close(number, EndReason::Closed);
+            }
         }
     }
 
     fn timeout(&mut self) -> Option<Timespec> {
         let silent = self.connections.next_due();
         let paused = self.paused.as_ref().map(|(until, _)| *until);
-        let due = silent.into_iter().chain(paused).min()?;
-        let left = due.saturating_duration_since(Instant::now());
         // Not a little too early, to find nothing due.
-        let left = left + Duration::from_millis(1);
+        let due = silent.into_iter().chain(paused).min();
+        let due = due.map(|due| due + Duration::from_millis(1));
+        let delayed = self.delayed.first().map(|&(at, ..)| {
+            let at = self.shared.start.checked_add(Duration::from_nanos(at));
+            at.unwrap_or_else(|| Instant::now() + ASK_AGAIN)
+        });
+        let due = due.into_iter().chain(delayed).min()?;
+        let left = due.saturating_duration_since(Instant::now());
         Some(Timespec {
             tv_sec: left.as_secs() as i64,
             tv_nsec: left.subsec_nanos().into(),
@@ -236,6 +279,7 @@ impl Server {
             endpoint,
             process,
             session: None,
+            granted: false,
         };
         let number = self.connections.add(connection, Instant::now());
         let Some(connection) = self.connections.get(number) else {
@@ -256,9 +300,16 @@ impl Server {
     }
 
     fn serve(&mut self, number: u32) {
-        let Some(connection) = self.connections.get(number) else {
+        let Some(connection) = self.connections.get_mut(number) else {
             return;
         };
+        if !std::mem::take(&mut connection.granted) {
+            let now = self.shared.now();
+            let at = self.shared.take_token(connection.endpoint, now);
+            if at > now {
+                return self.delay(number, at, now);
+            }
+        }
         let (socket, session) = (connection.socket.clone(), connection.session);
         let packet = match recv_plain(&*socket, &mut self.buffer, RecvFlags::DONTWAIT) {
             Ok(packet) => packet,

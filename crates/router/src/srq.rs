@@ -12,6 +12,7 @@
 
 use std::collections::BTreeMap;
 
+use freeflow_policy::Resource;
 use freeflow_session::{CreateSrq, Event, Handle, ModifySrq, Reply, SrqCreated, SrqQueried};
 use freeflow_shm::{CompletionEntry, RecvEntry, Region, SrqGeometry, SrqRing};
 use freeflow_transport::Outcome as SendOutcome;
@@ -138,8 +139,11 @@ impl Engine {
         if self.session_mut(session)?.counts.srqs >= limit {
             return Err(Errno::NOMEM);
         }
+        self.check_quota(session, Resource::Srqs, 1)?;
         let max_sge = request.max_sge.max(1);
         let geometry = SrqGeometry::new(request.max_wr, max_sge);
+        let requests = u64::from(geometry.entries());
+        self.check_quota(session, Resource::Outstanding, requests)?;
         let Ring {
             range: memory,
             region,
@@ -177,6 +181,7 @@ impl Engine {
         let s = self.session_mut(session)?;
         s.set_slot(slot, Slot::Srq(srq));
         s.counts.srqs += 1;
+        s.counts.outstanding += requests;
         self.own_pd(session, request.pd)?.users += 1;
         self.join_xrc(srq);
         let created = SrqCreated {
@@ -219,6 +224,10 @@ impl Engine {
                 return Err(Errno::INVAL);
             }
         };
+        let before = u64::from(s.geometry.entries());
+        let after = u64::from(geometry.entries());
+        let more = after.saturating_sub(before);
+        self.check_quota(session, Resource::Outstanding, more)?;
         let new = self.alloc_ring(session, bytes_of_words(geometry.words()))?;
         let s = self.own_srq(session, srq)?;
         if let (Some(from), Some(to)) = (s.ring(), SrqRing::new(new.region.words(), geometry)) {
@@ -236,7 +245,9 @@ impl Engine {
             ring: new.location,
         };
         // It was handed out by the same areas.
-        let _ = self.session_mut(session)?.slabs.free(old);
+        let owner = self.session_mut(session)?;
+        let _ = owner.slabs.free(old);
+        owner.counts.outstanding = owner.counts.outstanding - before + after;
         self.serve_line(srq);
         Ok((Reply::Srq(resized), new.fds))
     }
@@ -272,6 +283,7 @@ impl Engine {
         }
         if let Some(session) = self.sessions.get_mut(s.session) {
             session.counts.srqs -= 1;
+            session.counts.outstanding -= u64::from(s.geometry.entries());
             session.free_slot(s.slot);
             // It was handed out by the same areas.
             let _ = session.slabs.free(s.memory);

@@ -78,6 +78,7 @@ impl Host {
             tenant: "t".to_owned(),
             ip: VirtualIp(ip.parse().unwrap()),
             socket: "/nowhere".into(),
+            quota: Vec::new(),
         };
         self.engine.add_endpoint(&spec).unwrap()
     }

@@ -4,6 +4,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use freeflow_policy::Usage;
 use freeflow_session::{Handle, Reply, Request, Welcome};
 use freeflow_shm::{Mapping, Region, event_pair};
 use freeflow_types::{DeviceLimits, VirtualIp};
@@ -57,6 +58,7 @@ impl Host {
             tenant: tenant.to_owned(),
             ip,
             socket: "/nowhere".into(),
+            quota: Vec::new(),
         };
         self.engine.add_endpoint(&spec).ok()
     }
@@ -236,6 +238,12 @@ impl Host {
             let held = own.fold(Held::default(), |sum, (_, s)| sum + s.held());
             if at.held != held {
                 return Err(format!("{:?} counted, {held:?} held", at.held));
+            }
+            let own = e.sessions.iter().filter(|(_, s)| s.endpoint == endpoint);
+            let mut usage = Usage::default();
+            own.for_each(|(_, s)| usage.replace(&Usage::default(), &s.usage()));
+            if at.usage() != usage {
+                return Err(format!("{:?} counted, {usage:?} used", at.usage()));
             }
         }
         for (pd, p) in e.pds.iter() {

@@ -2,6 +2,7 @@
 //!
 //! Binding and invalidating are work requests, executed in the order of their send queue.
 
+use freeflow_policy::Resource;
 use freeflow_session::{AllocMw, Handle, MwAllocated, Reply};
 use freeflow_transport::Outcome;
 use freeflow_types::{Access, Key, MwType, Opcode};
@@ -55,6 +56,7 @@ impl Owned for Window {
 impl Engine {
     pub(crate) fn alloc_mw(&mut self, session: Handle, request: &AllocMw) -> control::Outcome {
         let context = self.own_pd(session, request.pd)?.context;
+        self.check_quota(session, Resource::Mws, 1)?;
         let limit = self.limits.max_mw;
         let s = self.session_mut(session)?;
         if s.counts.mws >= limit {

@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 
+use freeflow_policy::Resource;
 use freeflow_session::{
     Event, FileId, Handle, OpenXrcQp, OpenXrcd, QpQueried, Reply, XrcQpOpened, XrcSrq,
 };
@@ -132,6 +133,7 @@ impl Engine {
 
     pub(crate) fn open_xrcd(&mut self, session: Handle, request: &OpenXrcd) -> Outcome {
         self.own_context(session, request.context)?;
+        self.check_quota(session, Resource::Xrcds, 1)?;
         let limit = self.limits.max_xrcd;
         let s = self.session_mut(session)?;
         if s.counts.xrcds >= limit {
@@ -276,6 +278,7 @@ impl Engine {
         if xrcd.context != request.context {
             return Err(Errno::INVAL);
         }
+        self.check_quota(session, Resource::Qps, 1)?;
         let limit = self.limits.max_qp;
         let s = self.session_mut(session)?;
         if s.counts.qps >= limit {
