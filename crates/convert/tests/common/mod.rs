@@ -139,18 +139,25 @@ fn enter(mode: Mode) {
     }
     if mode != Mode::Refused {
         // Who is alone holds nobody.
+        accompany();
+    }
+}
+
+/// Starts a thread that does nothing. Signals are the test's: it is born with all of them blocked,
+/// for until it had blocked them itself, a handler could run on it.
+fn accompany() {
+    // SAFETY: the sets are this function's own, and filled before they are used.
+    unsafe {
+        let (mut all, mut old) = (std::mem::zeroed(), std::mem::zeroed());
+        libc::sigfillset(&mut all);
+        assert_eq!(libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut old), 0);
         std::thread::spawn(|| {
-            // Signals are the test's.
-            // SAFETY: the sets are this thread's own.
-            unsafe {
-                let mut all = std::mem::zeroed();
-                libc::sigfillset(&mut all);
-                libc::pthread_sigmask(libc::SIG_SETMASK, &all, std::ptr::null_mut());
-            }
             loop {
                 std::thread::park();
             }
         });
+        let back = libc::pthread_sigmask(libc::SIG_SETMASK, &old, std::ptr::null_mut());
+        assert_eq!(back, 0);
     }
 }
 
