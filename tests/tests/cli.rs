@@ -515,28 +515,49 @@ fn a_router_without_descriptors_refuses_and_goes_on() {
     let script = format!("ulimit -n 64; exec {} router", place.binary().display());
     let router = Running::start(router.args(["-c", &script])).unwrap();
     router.wait_for("router serves", DEADLINE).unwrap();
-    let made = place.clean(&["endpoint", "create", "a"]).unwrap().stdout;
-    let socket = made.split_ascii_whitespace().nth(2).unwrap().to_owned();
+    // An endpoint has a share of them alone: several use them all up.
+    let sockets = ["a", "b", "c", "d", "e", "f"].map(|name| {
+        let made = place.clean(&["endpoint", "create", name]).unwrap().stdout;
+        made.split_ascii_whitespace().nth(2).unwrap().to_owned()
+    });
     let program = freeflow_tests::program("ibv_rc_pingpong").unwrap();
-    // Servers that wait for a client, until one finds no room.
-    let mut waiting = Vec::new();
-    let refused = loop {
-        assert!(
-            waiting.len() < 64,
-            "64 descriptors are enough for 64 sessions"
-        );
+    // A server that waits for a client, or how it ended because it found no room.
+    let serve = |socket: &str| {
         let port = freeflow_tests::free_port();
         let mut command = place.program(&program);
         command
             .args(["-g", "0", "-p", &port.to_string()])
-            .env("FREEFLOW_ENDPOINT", &socket)
+            .env("FREEFLOW_ENDPOINT", socket)
             .env("LD_LIBRARY_PATH", place.lib());
         let mut running = Running::start(&mut command).unwrap();
-        if !freeflow_tests::wait_for_listener(port, DEADLINE, || running.is_alive()) {
-            break running.wait(DEADLINE).unwrap();
+        if freeflow_tests::wait_for_listener(port, DEADLINE, || running.is_alive()) {
+            Ok(running)
+        } else {
+            Err(running.wait(DEADLINE).unwrap())
         }
-        waiting.push(running);
     };
+    // Each endpoint takes what it can have, until one that has nothing is refused.
+    let mut waiting = Vec::new();
+    let (socket, refused) = sockets
+        .iter()
+        .find_map(|socket| {
+            let before = waiting.len();
+            loop {
+                match serve(socket) {
+                    Ok(running) => waiting.push(running),
+                    Err(refused) if waiting.len() == before => break Some((socket, refused)),
+                    Err(refused) => {
+                        assert!(!refused.status.success(), "{refused}");
+                        break None;
+                    }
+                }
+                assert!(
+                    waiting.len() < 64,
+                    "64 descriptors are enough for 64 sessions"
+                );
+            }
+        })
+        .expect("64 descriptors are enough for six endpoints' shares");
     assert!(!refused.status.success(), "{refused}");
     assert!(waiting.len() > 2, "{refused}");
     // They end, and there is room again.
@@ -544,7 +565,7 @@ fn a_router_without_descriptors_refuses_and_goes_on() {
     let again = || {
         let mut command = place.program(freeflow_tests::program("ibv_devinfo").unwrap());
         command
-            .env("FREEFLOW_ENDPOINT", &socket)
+            .env("FREEFLOW_ENDPOINT", socket)
             .env("LD_LIBRARY_PATH", place.lib());
         let said = Running::start(&mut command)
             .unwrap()
