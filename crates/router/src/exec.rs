@@ -10,6 +10,7 @@ use freeflow_types::{
 use crate::EndReason;
 use crate::data::{Atomic, Fault, Source, Span};
 use crate::engine::{Engine, TURN_BYTES};
+use crate::foreign::ForeignMemory;
 use crate::objects::{Current, QpObject, Waiting};
 
 /// A send request, copied out of the ring once.
@@ -200,6 +201,8 @@ impl Engine {
                 let local = (fault == Fault::Source) != opcode.is_read_like();
                 if local {
                     Outcome::LocalProtection
+                } else if self.has_died(peer) {
+                    Outcome::NoResponse
                 } else if qp_type.is_reliable() {
                     self.nak(peer, None);
                     Outcome::RemoteOperation
@@ -295,6 +298,13 @@ impl Engine {
         };
         let connected = fits && back.dest_qpn == q.qpn.get() && back.av.dgid == here;
         (connected && p.transport.may_receive()).then_some(p)
+    }
+
+    /// Whether the process of a queue pair is dead, as its own memory shows: its session will end.
+    fn has_died(&self, qp: Handle) -> bool {
+        let session = self.qps.get(qp).map(|q| q.session);
+        let memory = session.and_then(|s| self.sessions.get(s)?.memory.as_ref());
+        memory.is_some_and(ForeignMemory::is_gone)
     }
 
     /// The program asked the send queue to drain.

@@ -50,6 +50,13 @@ impl ForeignMemory {
     pub(crate) fn write(&self, addr: u64, bytes: &[u8]) -> bool {
         self.0.write_all_at(bytes, addr).is_ok()
     }
+
+    /// Whether the address space is no more: its process has died, or executed another program.
+    /// That comes before anybody is told of it.
+    pub(crate) fn is_gone(&self) -> bool {
+        // The file ends where there is no memory at all; a hole in it is an error.
+        matches!(self.0.read_at(&mut [0], 0), Ok(0))
+    }
 }
 
 /// What needs a thread that is not confined.
@@ -137,10 +144,26 @@ mod tests {
         assert_eq!(std::hint::black_box(&bytes), b"wxyz");
         assert!(!memory.read(8, &mut out));
         assert!(!memory.write(8, b"x"));
+        assert!(!memory.is_gone());
         for opener in [Opener::Direct, Opener::thread(true).unwrap()] {
             assert!(opener.open(std::process::id(), uid).is_ok());
             let other = opener.open(std::process::id(), uid + 1);
             assert_eq!(other.unwrap_err(), Errno::PERM);
         }
+    }
+
+    #[test]
+    fn the_memory_of_who_has_died_is_gone() {
+        let mut child = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let uid = rustix::process::getuid().as_raw();
+        let memory = ForeignMemory::open(child.id(), uid).unwrap();
+        assert!(!memory.is_gone());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(memory.is_gone());
     }
 }

@@ -10,7 +10,7 @@ use freeflow_session::{
 use freeflow_shm::{Bind, SendEntry, Sge, event_pair};
 use freeflow_types::{
     Access, AddressVector, DeviceLimits, Gid, Key, MwType, Opcode, QpAttr, QpAttrMask as Mask,
-    QpCap, QpState, QpType, Qpn,
+    QpCap, QpState, QpType, Qpn, WcStatus,
 };
 use proptest::prelude::*;
 use rustix::event::epoll;
@@ -18,7 +18,7 @@ use rustix::io::Errno;
 
 use crate::EndpointSpec;
 use crate::engine::Engine;
-use crate::foreign::Opener;
+use crate::foreign::{ForeignMemory, Opener};
 use crate::objects::Peer;
 use crate::watch::Progress;
 
@@ -174,6 +174,7 @@ impl Host {
             dest_qpn: peer.get(),
             max_dest_rd_atomic: 1,
             max_rd_atomic: 1,
+            timeout: 10,
             av: AddressVector {
                 dgid: gid,
                 is_global: true,
@@ -418,6 +419,67 @@ fn a_context_goes_with_all_that_is_bound() {
     let session = engine.sessions.get(host.session).unwrap();
     assert_eq!(session.segments.used(), PAGE);
     assert_eq!((session.counts.mws, session.counts.device), (0, 0));
+}
+
+/// What a write to own memory of a process completes with.
+fn status_of_foreign_write(pid: u32, before: impl FnOnce()) -> WcStatus {
+    let mut host = Host::new(DeviceLimits::default());
+    let uid = rustix::process::getuid().as_raw();
+    let memory = ForeignMemory::open(pid, uid).unwrap();
+    let near = host.reg(Access::LOCAL_WRITE);
+    let session = host.session;
+    host.engine.sessions.get_mut(session).unwrap().memory = Some(memory);
+    let Ok(Reply::Mr(near)) = host.ask(near) else {
+        panic!()
+    };
+    let mut far = host.translation();
+    // Nothing is mapped there.
+    far.pieces[0].kind = PieceKind::Foreign { addr: 0 };
+    let far = host.ask(Request::RegMr(RegMr {
+        pd: host.pd,
+        translation: far,
+        access: Access::LOCAL_WRITE | Access::REMOTE_WRITE,
+    }));
+    let Ok(Reply::Mr(far)) = far else {
+        panic!("{far:?}")
+    };
+    let qp = host.qp();
+    before();
+    let entry = SendEntry {
+        opcode: Opcode::RdmaWrite.raw() as u8,
+        remote_addr: 0x1000,
+        rkey: far.key.0,
+        num_sge: 1,
+        ..SendEntry::default()
+    };
+    let sge = Sge {
+        addr: 0x1000,
+        length: 8,
+        lkey: near.key.0,
+    };
+    host.post(qp, &entry, &[sge]);
+    let cq = host.engine.qps.get(qp).unwrap().send_cq;
+    let cq = host.engine.cqs.get(cq).unwrap();
+    assert_eq!(cq.produced, 1);
+    let status = cq.ring().unwrap().read(0).status;
+    WcStatus::from_raw(status.into()).unwrap()
+}
+
+#[test]
+fn who_has_died_does_not_answer_though_nobody_was_told() {
+    let own = std::process::id();
+    let status = status_of_foreign_write(own, || ());
+    assert_eq!(status, WcStatus::RemOpErr);
+    let mut child = std::process::Command::new("cat")
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let pid = child.id();
+    let status = status_of_foreign_write(pid, || {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    });
+    assert_eq!(status, WcStatus::RetryExcErr);
 }
 
 /// A descriptor of which any part may be valid.
