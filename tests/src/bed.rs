@@ -32,6 +32,11 @@ pub fn dist() -> PathBuf {
     dir.canonicalize().unwrap_or(dir)
 }
 
+/// Two programs that wait for each other's messages by polling hang if they are not done by then:
+/// where more wants to run than there are processors, each message waits for a turn of all others,
+/// and there are thousands.
+const EXCHANGE: Duration = Duration::from_secs(300);
+
 /// A router with a runtime directory of its own.
 pub struct Bed {
     router: Running,
@@ -167,7 +172,7 @@ impl Bed {
             bail!("the server does not listen: {}", serving.wait(DEADLINE)?);
         }
         both.push("127.0.0.1");
-        let client = client.start(program, &both)?.wait(DEADLINE);
+        let client = client.start(program, &both)?.wait(EXCHANGE);
         let client = match client {
             Ok(client) if client.status.success() => client,
             failed => {
