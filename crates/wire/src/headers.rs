@@ -311,7 +311,9 @@ impl Headers {
             .ok_or(ParseError::Truncated)?;
         let pad = headers.bth.pad;
         let left = r.left();
-        let data = left.checked_sub(pad.into()).filter(|_| left.is_multiple_of(4));
+        let data = left
+            .checked_sub(pad.into())
+            .filter(|_| left.is_multiple_of(4));
         let data = data.ok_or(ParseError::Pad { data: left, pad })?;
         let fits = match opcode {
             BthOpcode::RC_ATOMIC_WRITE | BthOpcode::XRC_ATOMIC_WRITE => data == 8,

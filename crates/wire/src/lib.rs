@@ -9,11 +9,13 @@
 
 mod bytes;
 mod headers;
+mod icrc;
 mod opcode;
 
 pub use headers::{
     Aeth, AtomicEth, Bth, Deth, EmitError, Feth, Headers, NakCode, ParseError, Reth, Syndrome,
 };
+pub use icrc::{Addresses, BadIcrc, Flow, icrc, verify};
 pub use opcode::{BthOpcode, Service};
 
 /// UDP destination port of RoCEv2 (IANA: `roce`).

@@ -1,0 +1,267 @@
+//! The invariant CRC: over all of a packet that no router on its way may change, with ones in
+//! place of what it may (IBTA volume 1, 7.8.1, and annex A17.3).
+//!
+//! It covers the IP header too, and of an IPv4 header the identification and the flag "don't
+//! fragment", which a receiving socket does not show. But a CRC is linear: how the CRC differs from
+//! that of an assumed header tells which header it was computed over, so [`verify`] finds out.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use crc32fast::Hasher;
+
+use crate::{ICRC_BYTES, UDP_PORT};
+
+const UDP_HEADER: usize = 8;
+const IPPROTO_UDP: u8 = 17;
+/// IPv4's flag "don't fragment", in the half of a word that it shares with the offset.
+const DF: u16 = 0x4000;
+/// Bytes of the base header, of which the fifth is masked.
+const BTH: usize = 12;
+
+/// Source and destination of packets.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Addresses {
+    /// IPv4, without options.
+    V4 {
+        /// Source.
+        src: Ipv4Addr,
+        /// Destination.
+        dst: Ipv4Addr,
+    },
+    /// IPv6, without extension headers.
+    V6 {
+        /// Source.
+        src: Ipv6Addr,
+        /// Destination.
+        dst: Ipv6Addr,
+    },
+}
+
+/// What the packets of one UDP flow to [`UDP_PORT`] have in common.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Flow {
+    /// Of the network layer.
+    pub addresses: Addresses,
+    /// UDP source port.
+    pub src_port: u16,
+}
+
+/// A packet's CRC is not that of its bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, thiserror::Error)]
+#[error("the packet's invariant CRC is wrong")]
+pub struct BadIcrc;
+
+/// Computes the CRC of a packet: transport headers, payload and pad. `ip_id` is the identification
+/// in its IPv4 header, of which "don't fragment" is set; of IPv6 it does not matter.
+///
+/// The bytes go on the wire as they are, after the packet.
+pub fn icrc(flow: &Flow, ip_id: u16, packet: &[u8]) -> [u8; ICRC_BYTES] {
+    crc(flow, ip_id, packet).to_le_bytes()
+}
+
+/// Checks a packet that ends with its CRC; returns the identification in its IPv4 header, 0 for
+/// IPv6.
+///
+/// Any identification is believed, with or without "don't fragment", so of IPv4 only 15 bits of
+/// the CRC are left to find errors with: who knows that a peer has few identifications should
+/// refuse others.
+pub fn verify(flow: &Flow, packet: &[u8]) -> Result<u16, BadIcrc> {
+    let (packet, found) = packet.split_last_chunk().ok_or(BadIcrc)?;
+    let wrong = crc(flow, 0, packet) ^ u32::from_le_bytes(*found);
+    if wrong == 0 {
+        return Ok(0);
+    }
+    let Addresses::V4 { .. } = flow.addresses else {
+        return Err(BadIcrc);
+    };
+    // What follows the word with the identification in the header, the CRC excluded.
+    let after = 12 + UDP_HEADER + packet.len();
+    let word = input_difference(wrong, after).to_le_bytes();
+    let [a, b, flags @ ..] = word;
+    match u16::from_be_bytes(flags) {
+        0 | DF => Ok(u16::from_be_bytes([a, b])),
+        _ => Err(BadIcrc),
+    }
+}
+
+fn crc(flow: &Flow, ip_id: u16, packet: &[u8]) -> u32 {
+    // Longer than any datagram: no such packet is ever sent, so any value will do.
+    let udp_len = u16::try_from(UDP_HEADER + packet.len() + ICRC_BYTES).unwrap_or(u16::MAX);
+    // Eight bytes of ones stand for the link layer that InfiniBand has.
+    let mut hasher = Hasher::new_with_initial(!0xDEBB_20E3);
+    match flow.addresses {
+        Addresses::V4 { src, dst } => {
+            let mut ip = [0; 20];
+            let (total, id) = (
+                udp_len.saturating_add(20).to_be_bytes(),
+                ip_id.to_be_bytes(),
+            );
+            ip[..12].copy_from_slice(&[
+                0x45,
+                0xFF, // DSCP and ECN
+                total[0],
+                total[1],
+                id[0],
+                id[1],
+                (DF >> 8) as u8,
+                0,
+                0xFF, // time to live
+                IPPROTO_UDP,
+                0xFF, // header checksum
+                0xFF,
+            ]);
+            ip[12..16].copy_from_slice(&src.octets());
+            ip[16..].copy_from_slice(&dst.octets());
+            hasher.update(&ip);
+        }
+        Addresses::V6 { src, dst } => {
+            let mut ip = [0; 40];
+            let len = udp_len.to_be_bytes();
+            // Traffic class and flow label, and the hop limit.
+            ip[..8].copy_from_slice(&[0x6F, 0xFF, 0xFF, 0xFF, len[0], len[1], IPPROTO_UDP, 0xFF]);
+            ip[8..24].copy_from_slice(&src.octets());
+            ip[24..].copy_from_slice(&dst.octets());
+            hasher.update(&ip);
+        }
+    }
+    let mut head = [0; UDP_HEADER + BTH];
+    head[..2].copy_from_slice(&flow.src_port.to_be_bytes());
+    head[2..4].copy_from_slice(&UDP_PORT.to_be_bytes());
+    head[4..6].copy_from_slice(&udp_len.to_be_bytes());
+    head[6..8].copy_from_slice(&[0xFF; 2]);
+    let (bth, rest) = packet.split_at(packet.len().min(BTH));
+    let head = &mut head[..UDP_HEADER + bth.len()];
+    head[UDP_HEADER..].copy_from_slice(bth);
+    // FECN, BECN and reserved bits.
+    if let Some(byte) = head.get_mut(UDP_HEADER + 4) {
+        *byte = 0xFF;
+    }
+    hasher.update(head);
+    hasher.update(rest);
+    hasher.finalize()
+}
+
+/// Polynomials over GF(2) modulo that of CRC-32, in its bit order: the top bit is x^0.
+const POLYNOMIAL: u32 = 0xEDB8_8320;
+const ONE: u32 = 1 << 31;
+
+const fn multiply(a: u32, mut b: u32) -> u32 {
+    let mut product = 0;
+    let mut bit = 0;
+    while bit < 32 {
+        // All ones if `a` has x^bit; then `b` times x.
+        product ^= b & ((a >> (31 - bit)) & 1).wrapping_neg();
+        b = (b >> 1) ^ (POLYNOMIAL & (b & 1).wrapping_neg());
+        bit += 1;
+    }
+    product
+}
+
+/// x^(-8 * 2^i).
+const INVERSE_POWERS: [u32; 32] = {
+    // The polynomial is primitive: x^(2^32 - 1) = 1, so x^-1 = x^(2^32 - 2), the product of all
+    // x^(2^i) but the first.
+    let (mut power, mut inverse) = (ONE >> 1, ONE);
+    let mut i = 1;
+    while i < 32 {
+        power = multiply(power, power);
+        inverse = multiply(inverse, power);
+        i += 1;
+    }
+    let mut table = [0; 32];
+    let mut doublings = 0;
+    while doublings < 3 {
+        inverse = multiply(inverse, inverse);
+        doublings += 1;
+    }
+    let mut i = 0;
+    while i < 32 {
+        table[i] = inverse;
+        inverse = multiply(inverse, inverse);
+        i += 1;
+    }
+    table
+};
+
+/// How the four bytes differ, as a little-endian number, that are followed by `after` bytes and
+/// make CRCs differ by `difference`.
+fn input_difference(difference: u32, after: usize) -> u32 {
+    // Bytes that differ by d make CRCs differ by d * x^(32 + 8 * after).
+    let bytes = after + 4;
+    INVERSE_POWERS
+        .iter()
+        .enumerate()
+        .filter(|&(i, _)| bytes >> i & 1 == 1)
+        .fold(difference, |d, (_, &power)| multiply(d, power))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn flow(v6: bool, src_port: u16) -> Flow {
+        let addresses = if v6 {
+            Addresses::V6 {
+                src: "fd00::1".parse().unwrap(),
+                dst: "fd00::2".parse().unwrap(),
+            }
+        } else {
+            Addresses::V4 {
+                src: Ipv4Addr::new(10, 0, 0, 1),
+                dst: Ipv4Addr::new(10, 0, 0, 2),
+            }
+        };
+        Flow {
+            addresses,
+            src_port,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_identification_is_found(
+            v6: bool, port: u16, id: u16, packet in prop::collection::vec(any::<u8>(), 0..5000),
+        ) {
+            let flow = flow(v6, port);
+            let mut sent = packet.clone();
+            sent.extend(icrc(&flow, id, &packet));
+            prop_assert_eq!(verify(&flow, &sent), Ok(if v6 { 0 } else { id }));
+        }
+
+        #[test]
+        fn changed_bits_are_found(
+            v6: bool, port: u16, mut packet in prop::collection::vec(any::<u8>(), 20..5000),
+            at: prop::sample::Index, bit in 0..8,
+        ) {
+            let flow = flow(v6, port);
+            packet.extend(icrc(&flow, 7, &packet));
+            let before = verify(&flow, &packet);
+            let at = at.index(packet.len());
+            packet[at] ^= 1u8 << bit;
+            // Of the base header, one byte is not covered. Of IPv4, an error may look like another
+            // identification.
+            let after = verify(&flow, &packet);
+            prop_assert_eq!(after == before, at == 4);
+        }
+
+        #[test]
+        fn any_bytes_can_be_checked(
+            v6: bool, bytes in prop::collection::vec(any::<u8>(), 0..100),
+        ) {
+            let _ = verify(&flow(v6, 1), &bytes);
+        }
+    }
+
+    #[test]
+    fn most_noise_is_refused() {
+        let flow = flow(false, 49152);
+        let mut packet = vec![0; 100];
+        let accepted = (0..10_000u32).filter(|n| {
+            packet[20..24].copy_from_slice(&n.wrapping_mul(0x9E37_79B9).to_be_bytes());
+            verify(&flow, &packet).is_ok()
+        });
+        assert!(accepted.count() < 10);
+    }
+}
