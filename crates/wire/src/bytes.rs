@@ -25,6 +25,31 @@ impl<'a> Reader<'a> {
         self.take().map(u64::from_be_bytes)
     }
 
+    /// The next `N` bytes of a message whose length has been checked; zeroes past its end.
+    pub(crate) fn array<const N: usize>(&mut self) -> [u8; N] {
+        self.take().unwrap_or([0; N])
+    }
+
+    /// As [`array`](Self::array).
+    pub(crate) fn u16_or_0(&mut self) -> u16 {
+        u16::from_be_bytes(self.array())
+    }
+
+    /// As [`array`](Self::array).
+    pub(crate) fn u32_or_0(&mut self) -> u32 {
+        u32::from_be_bytes(self.array())
+    }
+
+    /// As [`array`](Self::array).
+    pub(crate) fn u64_or_0(&mut self) -> u64 {
+        u64::from_be_bytes(self.array())
+    }
+
+    /// Passes over bytes.
+    pub(crate) fn skip(&mut self, n: usize) {
+        self.bytes = self.bytes.get(n..).unwrap_or_default();
+    }
+
     /// Bytes not yet read.
     pub(crate) fn left(&self) -> usize {
         self.bytes.len()
@@ -64,5 +89,10 @@ impl<'a> Writer<'a> {
 
     pub(crate) fn u64(&mut self, v: u64) {
         self.put(&v.to_be_bytes());
+    }
+
+    /// Bytes written.
+    pub(crate) fn written(&self) -> usize {
+        self.at
     }
 }

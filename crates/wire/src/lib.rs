@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod bytes;
+pub mod cm;
 mod headers;
 mod icrc;
 mod opcode;
