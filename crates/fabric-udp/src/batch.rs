@@ -62,8 +62,8 @@ pub struct Trains {
     /// Of each, whether it is sent or dropped.
     done: Vec<bool>,
     left: usize,
-    /// Whether a train may have more than one packet.
-    joined: bool,
+    /// Every packet is a train.
+    apart: bool,
 }
 
 impl Trains {
@@ -75,7 +75,7 @@ impl Trains {
             trains: Vec::new(),
             done: Vec::new(),
             left: 0,
-            joined: true,
+            apart: false,
         }
     }
 
@@ -122,11 +122,15 @@ impl Trains {
         }
     }
 
-    /// Makes a train for each packet, from now on and of those that are left: the kernel or the
-    /// device cannot split them. IPv4's identification, which the CRC covers, counts within a
-    /// train, so the CRCs change.
+    /// Makes a train of each packet that is added from now on.
+    pub fn keep_apart(&mut self) {
+        self.apart = true;
+    }
+
+    /// Makes a train of each packet that is left, because the kernel or the device cannot split
+    /// trains. IPv4's identification, which the CRC covers, counts within a train, so the CRCs
+    /// change.
     pub fn split(&mut self, local: IpAddr) {
-        self.joined = false;
         if self.left().all(|(_, train)| train.packets() == 1) {
             return;
         }
@@ -165,7 +169,7 @@ impl Trains {
         let range = self.used..self.used + len;
         self.used = range.end;
         let undone = self.done.last() == Some(&false);
-        let last = self.trains.last_mut().filter(|_| undone && self.joined);
+        let last = self.trains.last_mut().filter(|_| undone && !self.apart);
         let place = match last {
             Some(train) if train.takes((dst, src_port, ecn), len) => {
                 train.range.end = range.end;

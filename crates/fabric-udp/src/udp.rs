@@ -181,21 +181,20 @@ impl Udp {
                         self.sent.blocked += 1;
                         return Ok(Progress::Blocked);
                     }
-                    Some(libc::EMSGSIZE) => {
+                    Some(libc::EMSGSIZE) if !joined => {
                         self.sent.too_big += packets_of(trains, places[0]);
                         self.sent.last_too_big = Some(dst);
                     }
                     // The segments are too big, or the kernel or the device cannot make them.
-                    Some(libc::EINVAL | libc::EIO | libc::EOPNOTSUPP) if joined => {
+                    Some(libc::EMSGSIZE | libc::EINVAL | libc::EIO | libc::EOPNOTSUPP)
+                        if joined =>
+                    {
                         let size = trains.left().find(|&(place, _)| place == places[0]);
                         let size = size.map_or(0, |(_, train)| train.packet_size());
-                        if fits(self.local, dst, size) {
-                            self.offload = false;
-                            trains.split(self.local);
-                            continue;
-                        }
-                        self.sent.too_big += packets_of(trains, places[0]);
-                        self.sent.last_too_big = Some(dst);
+                        self.offload &= !fits(self.local, dst, size);
+                        // Smaller packets of the train may go.
+                        trains.split(self.local);
+                        continue;
                     }
                     Some(libc::ECONNREFUSED) if again => {
                         again = false;
@@ -258,6 +257,7 @@ impl Link for Udp {
 
     fn send(&mut self, _now: u64, trains: &mut Trains) -> io::Result<Progress> {
         if !self.offload {
+            trains.keep_apart();
             trains.split(self.local);
         }
         let mut all = Progress::Done;
