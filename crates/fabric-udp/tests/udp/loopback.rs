@@ -1,13 +1,11 @@
 //! Packets over the loopback device. Each test has addresses of its own.
 
-mod common;
-
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{flush, headers, payload, push, receive, skip, to};
+use crate::common::{flush, headers, payload, push, receive, skip, to};
 use freeflow_fabric_udp::{
     Capture, Datagrams, Ecn, Fabric, FaultRates, Faults, Link, PushError, To, Udp, UdpOptions,
     largest_payload, path_mtu,
@@ -137,7 +135,7 @@ fn flows_have_source_ports() {
             got += 1;
         }
         if got < 8 {
-            common::wait(&b, std::time::Duration::from_secs(60));
+            crate::common::wait(&b, std::time::Duration::from_secs(60));
         }
     }
     assert!(ports.iter().all(|&port| port >= 0xC000));
@@ -353,7 +351,7 @@ fn spoiled(test: u8, rates: FaultRates, seed: u64) -> (Vec<u32>, Fabric<Faults<U
         }
         flush(&mut a);
         while b.link().counters().seen < u64::from(round + 1) * 100 {
-            common::wait(&b, std::time::Duration::from_secs(60));
+            crate::common::wait(&b, std::time::Duration::from_secs(60));
             take(&mut b, now);
         }
     }

@@ -1,7 +1,5 @@
 //! Packets between two network namespaces with a virtual cable.
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr};
@@ -10,7 +8,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use common::{flush, headers, payload, push, receive, skip, to, wait};
+use crate::common::{flush, headers, payload, push, receive, skip, to, wait};
 use freeflow_fabric_udp::{Fabric, Progress, Udp, UdpOptions, largest_payload, path_mtu};
 use freeflow_wire::{Addresses, Flow, Headers, ICRC_BYTES, UDP_PORT, verify};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, eth, recv, socket_with};
