@@ -19,13 +19,14 @@ pub(crate) const PROGRAMS: [&str; 10] = [
     "python3-minimal",
 ];
 
-/// What tests compile against, and what they look at programs with.
-pub(crate) const DEVELOPMENT: [&str; 5] = [
+/// What tests compile against, and what they look at programs and set devices up with.
+pub(crate) const DEVELOPMENT: [&str; 6] = [
     "gcc",
     "libc6-dev",
     "libibverbs-dev",
     "librdmacm-dev",
     "binutils",
+    "ethtool",
 ];
 
 fn is_installed(package: &str) -> bool {

@@ -6,7 +6,8 @@
 //!   changes its memory meanwhile.
 //! - [`Fabric::flush`] sends what was pushed. Packets of one size that go the same way leave in one
 //!   system call (UDP generic segmentation offload, Linux 4.18), and several such trains too. When
-//!   the socket is full, the rest stays, and the caller comes again when [`Fabric::as_fd`] is ready.
+//!   the socket is full, the rest stays, and the caller comes again when the fabric's
+//!   descriptor is ready.
 //! - [`Fabric::receive`] gives a batch of packets whose CRC and headers are right; others are
 //!   counted by reason.
 //!
