@@ -64,6 +64,13 @@ run is killed.
 Exit code: the program's, or 128 plus the signal that killed it; 125 if freeflow failed, 126 if the
 program cannot be executed, 127 if it is not found.";
 
+const ROUTER_HELP: &str = "\
+With --underlay and --hosts, endpoints of several hosts reach each other. The file has a line for each
+address or network of a tenant, and the host that has it; # begins a remark:
+  default  10.77.1.0/24  192.0.2.1
+  default  10.77.2.0/24  192.0.2.2
+Every host may have the same file. Lines with the router's own address do nothing.";
+
 const ENDPOINT_HELP: &str = "\
 An endpoint for programs that are started by hand, or in containers, needs a router that stays
 (freeflow router). create prints the endpoint's name, address and socket:
@@ -90,6 +97,7 @@ enum Command {
     #[command(after_help = RUN_HELP)]
     Run(RunArgs),
     /// Run the host daemon in the foreground
+    #[command(after_help = ROUTER_HELP)]
     Router {
         /// End with the last endpoint
         #[arg(long)]
@@ -97,6 +105,8 @@ enum Command {
         /// Leave the threads that handle clients' input unconfined, for debugging
         #[arg(long)]
         no_sandbox: bool,
+        #[command(flatten)]
+        network: NetworkArgs,
     },
     /// Create, list and remove endpoints
     #[command(subcommand, after_help = ENDPOINT_HELP)]
@@ -117,6 +127,18 @@ enum Command {
         /// What to try
         what: doctor::Probe,
     },
+}
+
+/// How a router reaches others.
+#[derive(Args)]
+struct NetworkArgs {
+    /// This host's address in the network between hosts: traffic to others goes from here by
+    /// RoCEv2 (UDP port 4791)
+    #[arg(long, value_name = "ADDRESS")]
+    underlay: Option<IpAddr>,
+    /// File that says which host has which endpoints; SIGHUP has it read again
+    #[arg(long, value_name = "FILE", requires = "underlay")]
+    hosts: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -244,7 +266,8 @@ fn main() -> ExitCode {
         Command::Router {
             embedded,
             no_sandbox,
-        } => router::router(dir, embedded, !no_sandbox),
+            network,
+        } => router::router(dir, embedded, !no_sandbox, network),
         Command::Endpoint(command) => show::endpoint(&dir, &command),
         Command::Status(args) => show::status(&dir, args.output),
         Command::Doctor(args) => doctor::doctor(args.output),

@@ -1,26 +1,32 @@
 //! `freeflow router`: the daemon.
 
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use freeflow_api::RuntimeDir;
-use freeflow_router::{Admin, Config, Router};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use freeflow_router::{Admin, Config, Hosts, Router};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use crate::{namespaces, start};
+use crate::{NetworkArgs, namespaces, start};
 
 /// An embedded router's predecessor is about to end, and gets this time for it.
 const PREDECESSOR: Duration = Duration::from_secs(10);
 
 /// Serves until a signal, or, embedded, until the last endpoint is gone.
-pub(crate) fn router(dir: RuntimeDir, embedded: bool, sandbox: bool) -> Result<ExitCode> {
+pub(crate) fn router(
+    dir: RuntimeDir,
+    embedded: bool,
+    sandbox: bool,
+    network: NetworkArgs,
+) -> Result<ExitCode> {
     raise_descriptor_limit();
-    let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot handle signals")?;
-    let served = serve(dir.clone(), embedded, sandbox);
+    let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM]).context("cannot handle signals")?;
+    let served = serve(dir.clone(), embedded, sandbox, &network);
     if embedded {
         // To the command that started us and that waits for this line, if it still lives.
         let line = match &served {
@@ -34,8 +40,14 @@ pub(crate) fn router(dir: RuntimeDir, embedded: bool, sandbox: bool) -> Result<E
     let admin = served?;
     let ended = admin.clone();
     std::thread::spawn(move || {
-        if signals.forever().next().is_some() {
-            ended.stop();
+        for signal in signals.forever() {
+            let Some(file) = network.hosts.as_ref().filter(|_| signal == SIGHUP) else {
+                return ended.stop();
+            };
+            match read_hosts(file) {
+                Ok(hosts) => ended.set_hosts(hosts),
+                Err(e) => eprintln!("freeflow: {e:#}; the hosts stay as they were"),
+            }
         }
     });
     admin.wait(embedded);
@@ -43,12 +55,26 @@ pub(crate) fn router(dir: RuntimeDir, embedded: bool, sandbox: bool) -> Result<E
     Ok(ExitCode::SUCCESS)
 }
 
-fn serve(dir: RuntimeDir, embedded: bool, sandbox: bool) -> Result<Arc<Admin>> {
+fn read_hosts(file: &Path) -> Result<Hosts> {
+    let text = std::fs::read_to_string(file)
+        .with_context(|| format!("cannot read the hosts in {}", file.display()))?;
+    Hosts::parse(&text).with_context(|| format!("{}", file.display()))
+}
+
+fn serve(
+    dir: RuntimeDir,
+    embedded: bool,
+    sandbox: bool,
+    network: &NetworkArgs,
+) -> Result<Arc<Admin>> {
+    let hosts = network.hosts.as_deref().map(read_hosts).transpose()?;
     let config = Config {
         sandbox,
+        underlay: network.underlay,
         ..Config::default()
     };
     let router = Router::start(config)?;
+    router.set_hosts(hosts.unwrap_or_default());
     let patience = if embedded {
         PREDECESSOR
     } else {

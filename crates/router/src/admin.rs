@@ -20,7 +20,7 @@ use rustix::fs::FlockOperation;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags};
 
 use crate::bridges::{Bridges, MakeBridge};
-use crate::{EndpointSpec, Router, RouterError};
+use crate::{EndpointSpec, Hosts, Router, RouterError};
 
 /// Connections served at once.
 const MAX_CONNECTIONS: usize = 4096;
@@ -125,6 +125,11 @@ impl Admin {
 
     fn turn(&self) -> MutexGuard<'_, ()> {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`Router::set_hosts`].
+    pub fn set_hosts(&self, hosts: Hosts) {
+        self.router.set_hosts(hosts);
     }
 
     /// Waits until the router is to end: somebody says so, or it is embedded and its last

@@ -572,6 +572,8 @@ impl Engine {
             recv_head: 0,
             path: None,
             current: None,
+            remote: None,
+            under_way: 0,
             taken: None,
             waiting: Waiting::No,
             ticket: None,
@@ -654,6 +656,8 @@ impl Engine {
         match change.to {
             QpState::Reset => {
                 q.current = None;
+                q.remote = None;
+                q.under_way = 0;
                 q.taken = None;
                 q.established = false;
                 q.last_wqe_told = false;
@@ -664,6 +668,7 @@ impl Engine {
                 self.resume(qp);
             }
             QpState::Rtr | QpState::Rts => {
+                self.connect_remote(qp);
                 self.resume(qp);
                 // A peer that waits for us need not wait out its timer.
                 if was != change.to

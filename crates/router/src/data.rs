@@ -402,15 +402,21 @@ impl Engine {
         }
     }
 
-    /// Copies one word out of spans of 8 bytes.
-    pub(crate) fn word(&mut self, from: &[Span]) -> Option<u64> {
-        let mut bytes = [0; 8];
+    /// Copies the bytes of spans to a buffer that is as long.
+    pub(crate) fn gather(&mut self, from: &[Span], out: &mut [u8]) -> Option<()> {
         let mut at = 0;
         for span in from {
-            let part = bytes.get_mut(at..at + span.len as usize)?;
+            let part = out.get_mut(at..at + span.len as usize)?;
             self.read(span, part)?;
             at += part.len();
         }
+        Some(())
+    }
+
+    /// Copies one word out of spans of 8 bytes.
+    pub(crate) fn word(&mut self, from: &[Span]) -> Option<u64> {
+        let mut bytes = [0; 8];
+        self.gather(from, &mut bytes)?;
         Some(u64::from_ne_bytes(bytes))
     }
 

@@ -23,6 +23,7 @@ use crate::notices::Notices;
 use crate::objects::{
     Channel, Context, Cq, Dm, Endpoint, Mr, Pd, QpObject, Session, Slot, Waiting,
 };
+use crate::remote::Network;
 use crate::srq::Srq;
 use crate::table::Table;
 use crate::watch::Progress;
@@ -103,6 +104,7 @@ pub(crate) struct Engine {
     pub(crate) groups: crate::mcast::Groups,
     pub(crate) srqs: Table<Srq>,
     pub(crate) xrc: XrcState,
+    pub(crate) network: Network,
     hot: Vec<Handle>,
     /// Endpoints with queue pairs that have something to do.
     line: VecDeque<Handle>,
@@ -158,6 +160,7 @@ impl Engine {
             groups: Default::default(),
             srqs: Table::default(),
             xrc: XrcState::default(),
+            network: Network::default(),
             hot: Vec::new(),
             line: VecDeque::new(),
             timers: BTreeSet::new(),
@@ -180,6 +183,7 @@ impl Engine {
     pub(crate) fn poll(&mut self, now: u64, progress: &Progress) -> Polled {
         self.now = now;
         self.collect();
+        let received = self.receive_network();
         self.fire_timers();
         let turns = self.line.len();
         for _ in 0..turns {
@@ -189,7 +193,8 @@ impl Engine {
             self.endpoint_turn(endpoint, progress);
             self.end_uses();
         }
-        let busy = turns != 0 || !self.line.is_empty() || !self.ending.is_empty();
+        self.flush_network();
+        let busy = turns != 0 || received || !self.line.is_empty() || !self.ending.is_empty();
         if !busy || now >= self.cool_due {
             self.cool_down();
             self.cool_due = now.saturating_add(self.spin);
@@ -197,7 +202,7 @@ impl Engine {
         if busy {
             return Polled::Busy;
         }
-        if self.hot.is_empty() {
+        if self.hot.is_empty() && !self.network.is_hot(now, self.spin) {
             Polled::Asleep {
                 until: self.next_due(),
             }
@@ -322,7 +327,8 @@ impl Engine {
     }
 
     fn next_due(&self) -> Option<u64> {
-        self.timers.first().map(|&(at, _)| at)
+        let timer = self.timers.first().map(|&(at, _)| at);
+        timer.into_iter().chain(self.network.next_timeout()).min()
     }
 
     /// Stops watching sessions that have had nothing to do for a while.

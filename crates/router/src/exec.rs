@@ -47,6 +47,9 @@ impl Engine {
         let Some(q) = self.qps.get_mut(qp) else {
             return Step::Nothing;
         };
+        if q.remote.is_some() {
+            return self.remote_step(qp);
+        }
         match q.transport.state() {
             QpState::Rts => {}
             QpState::Sqd if q.current.is_some() => {}
@@ -180,7 +183,7 @@ impl Engine {
             let range = (!flush.whole_region).then_some(range);
             self.remote_region(responder, key, range, rights).is_some()
         } else if !opcode.has_remote() {
-            self.recv_spans(qp_type, peer, request, *done, part, 0, far)?;
+            self.recv_spans(qp_type, peer, request.len, *done, part, 0, far)?;
             true
         } else {
             // The key of a request of no bytes is not looked at (IBTA volume 1, 9.7.5.1.1).
@@ -320,6 +323,7 @@ impl Engine {
         if let Some(q) = self.qps.get_mut(qp)
             && q.draining
             && q.current.is_none()
+            && q.under_way == 0
         {
             q.draining = false;
             self.qp_event(qp, AsyncEventType::SqDrained);
@@ -327,7 +331,13 @@ impl Engine {
     }
 
     /// Applies the outcome of a request to its queue pair.
-    fn conclude(&mut self, qp: Handle, request: &Request, outcome: Outcome, moved: u64) -> Step {
+    pub(crate) fn conclude(
+        &mut self,
+        qp: Handle,
+        request: &Request,
+        outcome: Outcome,
+        moved: u64,
+    ) -> Step {
         let now = self.now;
         let Some(q) = self.qps.get_mut(qp) else {
             return Step::Nothing;
@@ -347,23 +357,7 @@ impl Engine {
         };
         match next {
             Next::Complete => {
-                let opcode = request.opcode.unwrap_or(Opcode::Send);
-                q.transport.sent(opcode, request.len);
-                q.send_head = q.send_head.wrapping_add(1);
-                let signaled = q.sq_sig_all || request.flags.contains(SendFlags::SIGNALED);
-                let endpoint = q.endpoint;
-                if signaled {
-                    let entry = q.send_completion(request, WcStatus::Success, now);
-                    let cq = q.send_cq;
-                    self.complete(cq, &entry, false);
-                }
-                if let Some(e) = self.endpoints.get_mut(endpoint)
-                    && !opcode.is_local()
-                {
-                    e.counters.sent_messages += 1;
-                    e.counters.sent_bytes += request.len;
-                }
-                self.drained(qp);
+                self.succeed(qp, request);
                 Step::Done(moved)
             }
             Next::RetryAt(at) => {
@@ -376,24 +370,58 @@ impl Engine {
                 Step::Nothing
             }
             Next::Fail(status) => {
-                q.send_head = q.send_head.wrapping_add(1);
-                let entry = q.send_completion(request, status, now);
-                let (cq, endpoint) = (q.send_cq, q.endpoint);
-                q.transport.fail_send();
-                self.complete(cq, &entry, false);
-                if let Some(e) = self.endpoints.get_mut(endpoint) {
-                    e.counters.failed_requests += 1;
-                }
+                self.fail_request(qp, request, status);
                 // What follows is flushed.
                 Step::Done(0)
             }
+        }
+    }
+
+    /// The request at the head of the send queue is done.
+    pub(crate) fn succeed(&mut self, qp: Handle, request: &Request) {
+        let now = self.now;
+        let Some(q) = self.qps.get_mut(qp) else {
+            return;
+        };
+        let opcode = request.opcode.unwrap_or(Opcode::Send);
+        q.transport.sent(opcode, request.len);
+        q.send_head = q.send_head.wrapping_add(1);
+        let signaled = q.sq_sig_all || request.flags.contains(SendFlags::SIGNALED);
+        let endpoint = q.endpoint;
+        if signaled {
+            let entry = q.send_completion(request, WcStatus::Success, now);
+            let cq = q.send_cq;
+            self.complete(cq, &entry, false);
+        }
+        if let Some(e) = self.endpoints.get_mut(endpoint)
+            && !opcode.is_local()
+        {
+            e.counters.sent_messages += 1;
+            e.counters.sent_bytes += request.len;
+        }
+        self.drained(qp);
+    }
+
+    /// The request at the head of the send queue failed, and with it the send queue.
+    pub(crate) fn fail_request(&mut self, qp: Handle, request: &Request, status: WcStatus) {
+        let now = self.now;
+        let Some(q) = self.qps.get_mut(qp) else {
+            return;
+        };
+        q.send_head = q.send_head.wrapping_add(1);
+        let entry = q.send_completion(request, status, now);
+        let (cq, endpoint) = (q.send_cq, q.endpoint);
+        q.transport.fail_send();
+        self.complete(cq, &entry, false);
+        if let Some(e) = self.endpoints.get_mut(endpoint) {
+            e.counters.failed_requests += 1;
         }
     }
 }
 
 impl Request {
     /// Copies a request out of its slot. `inline` is how many bytes a slot holds.
-    fn load(&mut self, qp: QpType, slot: &[freeflow_shm::AtomicU64], inline: u32) {
+    pub(crate) fn load(&mut self, qp: QpType, slot: &[freeflow_shm::AtomicU64], inline: u32) {
         self.entry = SendEntry::load(qp, slot);
         self.opcode = Opcode::from_raw(self.entry.opcode.into());
         self.flags = SendFlags::from_bits_truncate(self.entry.flags);

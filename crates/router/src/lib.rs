@@ -19,6 +19,7 @@ mod events;
 mod exec;
 mod foreign;
 mod held;
+mod hosts;
 mod keys;
 mod lifecycle;
 mod mcast;
@@ -33,6 +34,7 @@ mod posted_tests;
 mod quota;
 mod receive;
 mod regions;
+mod remote;
 mod sandbox;
 mod serve;
 mod server;
@@ -49,9 +51,11 @@ mod xrc;
 
 pub use admin::Admin;
 pub use bridges::MakeBridge;
+pub use hosts::{Hosts, HostsError};
 
 use std::collections::HashMap;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -67,6 +71,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::foreign::Opener;
+use crate::remote::Map;
 use crate::serve::Shared;
 use crate::server::{Listeners, Server};
 
@@ -85,6 +90,8 @@ pub struct Config {
     pub spin: Duration,
     /// Rounds without work before the router yields its processor between rounds.
     pub yield_after: u32,
+    /// This host's address in the network between hosts, if it takes part.
+    pub underlay: Option<IpAddr>,
     /// Whether threads that handle clients' input give up what they do not need of the kernel.
     pub sandbox: bool,
 }
@@ -98,6 +105,7 @@ impl Default for Config {
             max_descriptors: descriptor_limit() / 4,
             spin: Duration::from_micros(200),
             yield_after: if cores > 4 { 2000 } else { 20 },
+            underlay: None,
             sandbox: true,
         }
     }
@@ -188,6 +196,20 @@ pub enum RouterError {
     /// The system refused a private network.
     #[error(transparent)]
     Network(#[from] freeflow_network::NetworkError),
+    /// The address is not one of this host's.
+    #[error("{address} is not an address of this host; choose one of `ip addr` with --underlay")]
+    NotHere {
+        /// The address.
+        address: IpAddr,
+    },
+    /// Something has RoCEv2's port already.
+    #[error(
+        "UDP port 4791 of {address} is in use: by another router, or by the kernel's rxe (`rdma link`)"
+    )]
+    FabricInUse {
+        /// The address.
+        address: IpAddr,
+    },
     /// The router's tables are full.
     #[error("the router has no room for another endpoint")]
     TooMany,
@@ -289,6 +311,7 @@ pub struct Router {
     shared: Arc<Shared>,
     listeners: Listeners,
     endpoints: Mutex<HashMap<String, (Handle, PathBuf)>>,
+    underlay: Option<IpAddr>,
     stop: Option<OwnedFd>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -305,6 +328,16 @@ impl Router {
         let shared =
             Shared::new(&config, opener).map_err(|e| io("cannot make doorbells")(e.into()))?;
         let shared = Arc::new(shared);
+        if let Some(local) = config.underlay {
+            let fabric = remote::open(local).map_err(|e| match e.kind() {
+                io::ErrorKind::AddrNotAvailable => RouterError::NotHere { address: local },
+                io::ErrorKind::AddrInUse => RouterError::FabricInUse { address: local },
+                _ => io("cannot open sockets to other hosts")(e),
+            })?;
+            shared
+                .with(|engine| engine.join(fabric))
+                .map_err(|e| io("cannot watch sockets")(e.into()))?;
+        }
         let (stopped, stop) =
             freeflow_shm::event_pair().map_err(|e| io("cannot make a socket")(e.into()))?;
         let (server, listeners) = Server::new(shared.clone(), stopped)
@@ -324,6 +357,7 @@ impl Router {
             shared,
             listeners,
             endpoints: Mutex::default(),
+            underlay: config.underlay,
             stop: Some(stop),
             threads,
         })
@@ -360,6 +394,15 @@ impl Router {
         }
         endpoints.insert(spec.name, (handle, spec.socket));
         Ok(())
+    }
+
+    /// Says where other hosts' endpoints are, in place of what was said before. Queue pairs that are
+    /// connected stay so.
+    pub fn set_hosts(&self, hosts: Hosts) {
+        if let Some(local) = self.underlay {
+            let map = Map::new(hosts, local);
+            self.shared.with(|engine| engine.network.set_map(map));
+        }
     }
 
     /// Tenant of an endpoint.

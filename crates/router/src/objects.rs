@@ -24,6 +24,7 @@ use crate::keys::Keys;
 use crate::memory::{Areas, Range};
 use crate::posted::Posted;
 use crate::quota::Allowance;
+use crate::remote::Remote;
 use crate::srq::Ticket;
 use crate::table::{NONE, Owned};
 use crate::xrc::XrcRecv;
@@ -364,6 +365,10 @@ pub(crate) struct QpObject {
     /// The peer of a connected QP, as last found.
     pub(crate) path: Option<Handle>,
     pub(crate) current: Option<Box<Current>>,
+    /// Its connection, if the peer is on another host.
+    pub(crate) remote: Option<Box<Remote>>,
+    /// Requests that are on their way to another host.
+    pub(crate) under_way: usize,
     /// A receive request of this QP that the peer's current message has begun to fill.
     pub(crate) taken: Option<TakenRecv>,
     pub(crate) waiting: Waiting,

@@ -49,8 +49,8 @@ impl Engine {
         }
     }
 
-    /// Spans of the receive request that was taken, for a part of a message that starts
-    /// `headroom` bytes into the buffer. If the buffer will not do, the receive request fails,
+    /// Spans of the receive request that was taken, for a part of a message of `total` bytes, as
+    /// far as is known, that starts `headroom` bytes into the buffer. If the buffer will not do, the receive request fails,
     /// and the sender learns so.
     #[expect(
         clippy::too_many_arguments,
@@ -60,7 +60,7 @@ impl Engine {
         &mut self,
         sender: QpType,
         qp: Handle,
-        request: &Request,
+        total: u64,
         done: u64,
         part: u64,
         headroom: u64,
@@ -70,12 +70,12 @@ impl Engine {
         let taken = q.taken.as_ref().ok_or(Outcome::NoResponse)?;
         let room: u64 = taken.sges.iter().map(|s| u64::from(s.length)).sum();
         let shared = taken.slot == CompletionEntry::SHARED;
-        if room < headroom + request.len && !sender.is_reliable() && !shared {
+        if room < headroom + total && !sender.is_reliable() && !shared {
             // Anybody may send a datagram: one that does not fit must not stop its receiver. The
             // request stays for the next message (IBTA volume 1, 9.9.3, class D).
             return Err(Outcome::Delivered);
         }
-        let (status, outcome) = if room < headroom + request.len {
+        let (status, outcome) = if room < headroom + total {
             (WcStatus::LocLenErr, Outcome::RemoteInvalidRequest)
         } else {
             let range = (headroom + done, part);
@@ -274,7 +274,7 @@ impl Engine {
         let grh = u64::from(GRH_BYTES);
         far.clear();
         if self
-            .recv_spans(QpType::Ud, to, request, 0, request.len, grh, far)
+            .recv_spans(QpType::Ud, to, request.len, 0, request.len, grh, far)
             .is_err()
         {
             // The buffer was too short, or not the receiver's to write: its request has failed.
@@ -289,8 +289,7 @@ impl Engine {
             return Err(Outcome::LocalProtection);
         }
         let mut header = Vec::new();
-        let empty = Request::default();
-        let fits = self.recv_spans(QpType::Ud, to, &empty, 0, grh, 0, &mut header);
+        let fits = self.recv_spans(QpType::Ud, to, 0, 0, grh, 0, &mut header);
         if copied.is_ok() && fits.is_ok() {
             let bytes = grh_bytes(source, entry, request.len);
             let _ = self.copy(&header, Source::Bytes(&bytes));

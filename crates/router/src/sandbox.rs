@@ -94,6 +94,15 @@ const CONTROL: &[libc::c_long] = &[
     libc::SYS_statx,
 ];
 
+/// Of the engine's thread: the sockets between hosts.
+const ENGINE: &[libc::c_long] = &[
+    libc::SYS_getsockopt,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmmsg,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmmsg,
+];
+
 /// Allowed unless the memory would be executable.
 const MAPPING: &[libc::c_long] = &[libc::SYS_mmap, libc::SYS_mprotect];
 
@@ -134,7 +143,8 @@ fn filter(job: Job) -> Result<BpfProgram, seccompiler::BackendError> {
     const PROT: u8 = 2;
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     let more = match job {
-        Job::Engine | Job::Copier => &[],
+        Job::Engine => ENGINE,
+        Job::Copier => &[],
         Job::Control => CONTROL,
     };
     for &call in COMMON.iter().chain(more) {

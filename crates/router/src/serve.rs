@@ -20,6 +20,7 @@ use crate::events::StreamId;
 use crate::foreign::Opener;
 use crate::notices::Notices;
 use crate::objects::Session;
+use crate::remote::FABRIC;
 use crate::sandbox::{self, Confinement, Job};
 use crate::watch::Progress;
 
@@ -242,6 +243,7 @@ impl Shared {
         for event in events.iter() {
             match event.data.u64() {
                 KICK => {}
+                FABRIC => engine.wake_network(),
                 data => match StreamId::from_data(data) {
                     Some(stream) => engine.flush_events(stream),
                     None => engine.wake(Handle(data as u32)),

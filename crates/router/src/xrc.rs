@@ -336,6 +336,8 @@ impl Engine {
             recv_head: 0,
             path: None,
             current: None,
+            remote: None,
+            under_way: 0,
             taken: None,
             waiting: Waiting::No,
             ticket: None,

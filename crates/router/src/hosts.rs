@@ -1,0 +1,147 @@
+//! Which host has an endpoint: the map that routers carry traffic by.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
+
+use freeflow_types::{Gid, VirtualIp};
+
+/// Bits of a GID.
+const GID_BITS: u8 = 128;
+/// Bits in front of an IPv4 address in its GID.
+const V4_PREFIX: u8 = 96;
+
+/// Why a text is no map of hosts.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "line {line}: {what}; each line is TENANT ADDRESS[/BITS] HOST, as in \"default 10.77.2.0/24 192.0.2.2\""
+)]
+pub struct HostsError {
+    line: usize,
+    what: String,
+}
+
+/// The hosts of endpoints: of single addresses or of whole networks, the longest prefix first.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hosts {
+    by_prefix: HashMap<(String, u8, u128), IpAddr>,
+    /// Lengths of prefixes that there are.
+    lengths: BTreeSet<u8>,
+    routers: HashSet<IpAddr>,
+}
+
+impl Hosts {
+    /// Reads a map: a line for each address or network, with its tenant, and the host's address in
+    /// the network between hosts. `#` begins a remark.
+    pub fn parse(text: &str) -> Result<Self, HostsError> {
+        let mut hosts = Hosts::default();
+        for (at, line) in text.lines().enumerate() {
+            let fields = line.split('#').next().unwrap_or_default();
+            let fields: Vec<_> = fields.split_whitespace().collect();
+            let error = |what: String| HostsError { line: at + 1, what };
+            match fields[..] {
+                [] => {}
+                [tenant, network, host] => {
+                    let host = host
+                        .parse()
+                        .map_err(|_| error(format!("\"{host}\" is not an address of a host")))?;
+                    hosts
+                        .add(tenant, network, host)
+                        .ok_or_else(|| error(format!("\"{network}\" is no address or network")))?;
+                }
+                _ => return Err(error(format!("{} words", fields.len()))),
+            }
+        }
+        Ok(hosts)
+    }
+
+    fn add(&mut self, tenant: &str, network: &str, host: IpAddr) -> Option<()> {
+        let (address, bits) = match network.split_once('/') {
+            Some((address, bits)) => (address, Some(bits.parse::<u8>().ok()?)),
+            None => (network, None),
+        };
+        let address: IpAddr = address.parse().ok()?;
+        let before = if address.is_ipv4() { V4_PREFIX } else { 0 };
+        let bits = match bits {
+            Some(bits) => before.checked_add(bits).filter(|&b| b <= GID_BITS)?,
+            None => GID_BITS,
+        };
+        let gid = Gid::from(VirtualIp(address));
+        self.lengths.insert(bits);
+        let key = (tenant.to_owned(), bits, masked(gid, bits));
+        self.by_prefix.insert(key, host);
+        self.routers.insert(host);
+        Some(())
+    }
+
+    /// The host that has an endpoint of a tenant.
+    pub(crate) fn find(&self, tenant: &str, gid: Gid) -> Option<IpAddr> {
+        self.lengths.iter().rev().find_map(|&bits| {
+            let key = (tenant.to_owned(), bits, masked(gid, bits));
+            self.by_prefix.get(&key).copied()
+        })
+    }
+
+    /// Forgets what a host has: nobody has it then.
+    pub(crate) fn remove(&mut self, host: IpAddr) {
+        self.by_prefix.retain(|_, h| *h != host);
+        self.routers.remove(&host);
+    }
+
+    /// The hosts there are.
+    pub(crate) fn routers(&self) -> impl Iterator<Item = IpAddr> {
+        self.routers.iter().copied()
+    }
+}
+
+fn masked(gid: Gid, bits: u8) -> u128 {
+    let shift = u32::from(GID_BITS - bits);
+    let mask = u128::MAX.checked_shl(shift).unwrap_or(0);
+    u128::from_be_bytes(gid.0) & mask
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gid(ip: &str) -> Gid {
+        Gid::from(VirtualIp(ip.parse().unwrap()))
+    }
+
+    #[test]
+    fn the_longest_prefix_of_the_tenant_counts() {
+        let text = "
+            # who is where
+            default 10.77.0.0/16 192.0.2.1
+            default 10.77.2.0/24 192.0.2.2   # a rack
+            default 10.77.2.9    192.0.2.3
+            other   10.77.2.9    192.0.2.4
+            other   fd00::/64    2001:db8::1
+            all     ::/0         192.0.2.9
+        ";
+        let hosts = Hosts::parse(text).unwrap();
+        let find = |tenant, ip| hosts.find(tenant, gid(ip)).map(|h| h.to_string());
+        assert_eq!(find("default", "10.77.1.1").as_deref(), Some("192.0.2.1"));
+        assert_eq!(find("default", "10.77.2.1").as_deref(), Some("192.0.2.2"));
+        assert_eq!(find("default", "10.77.2.9").as_deref(), Some("192.0.2.3"));
+        assert_eq!(find("other", "10.77.2.9").as_deref(), Some("192.0.2.4"));
+        assert_eq!(find("other", "fd00::7").as_deref(), Some("2001:db8::1"));
+        assert_eq!(find("all", "10.0.0.1").as_deref(), Some("192.0.2.9"));
+        assert_eq!(find("default", "10.78.0.1"), None);
+        assert_eq!(find("nobody", "10.77.2.9"), None);
+        assert_eq!(hosts.routers().count(), 6);
+    }
+
+    #[test]
+    fn what_is_no_map_is_told_with_its_line() {
+        for (text, line, said) in [
+            ("default 10.0.0.1", 1, "2 words"),
+            ("\ndefault 10.0.0.1/33 192.0.2.1", 2, "10.0.0.1/33"),
+            ("default 10.0.0.1 host", 1, "\"host\""),
+            ("default here 192.0.2.1", 1, "\"here\""),
+        ] {
+            let error = Hosts::parse(text).unwrap_err();
+            assert_eq!(error.line, line, "{error}");
+            assert!(error.to_string().contains(said), "{error}");
+        }
+    }
+}

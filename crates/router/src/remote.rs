@@ -1,0 +1,353 @@
+//! Queue pairs whose peers are on other hosts: the transport's requester and responder decide what
+//! goes over the wire, and this executes it against rings and memory.
+
+mod requests;
+mod responses;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+
+use freeflow_fabric_udp::{
+    Datagrams, Ecn, Fabric, Link, Progress, PushError, To, Udp, UdpOptions, largest_payload,
+    path_mtu,
+};
+use freeflow_session::Handle;
+use freeflow_transport::{Connection, MAX_SEGMENT, Requester, RequesterEvent, Responder};
+use freeflow_types::{QpState, QpType};
+use freeflow_wire::Headers;
+use rustix::event::epoll::{self, EventData, EventFlags};
+
+use crate::data::Span;
+use crate::engine::Engine;
+use crate::exec::{Request, Step};
+use crate::hosts::Hosts;
+
+/// What the fabric's descriptor is known by in the engine's epoll set.
+pub(crate) const FABRIC: u64 = u64::MAX - 1;
+
+/// Requests of a queue pair that are on their way at once.
+const MAX_UNDER_WAY: usize = 512;
+
+/// Packets that are sent in one step.
+const PACKETS_PER_STEP: u32 = 64;
+
+/// Packets that came early and are held for one queue pair.
+const MAX_HELD: usize = 448;
+
+/// Bytes of a packet on most links.
+const ETHERNET_MTU: usize = 1500;
+
+/// Emptied requests kept for the next ones.
+const MAX_SPARE: usize = 1024;
+
+pub(crate) type RoceFabric = Fabric<Box<dyn Link + Send>>;
+
+/// A queue pair's connection to its peer on another host.
+#[derive(Debug)]
+pub(crate) struct Remote {
+    host: IpAddr,
+    flow: u32,
+    requester: Option<Requester>,
+    responder: Responder,
+    /// What is on its way, in the order of posting.
+    requests: VecDeque<Request>,
+    /// The requester's number of the first of them.
+    first: u64,
+    /// Index in the ring of the next request to post.
+    next: u64,
+    /// Packets that came early.
+    held: BTreeMap<u64, (Headers, Vec<u8>)>,
+    events: Vec<RequesterEvent>,
+}
+
+impl Remote {
+    /// Forgets what is on its way: the queue pair flushes it.
+    fn forget(&mut self) {
+        self.requester = None;
+        self.requests.clear();
+        self.events.clear();
+    }
+
+    fn to(&self) -> To {
+        To {
+            dst: self.host,
+            flow: self.flow,
+            ecn: Ecn::NotCapable,
+        }
+    }
+}
+
+/// Packets that were dropped, by reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Drops {
+    /// No queue pair has that number.
+    pub(crate) unknown_qp: u64,
+    /// The queue pair is not connected to that host.
+    pub(crate) wrong_host: u64,
+    /// The queue pair is not ready to receive, or in error.
+    pub(crate) not_receiving: u64,
+    /// Nothing that the connection has a use for: late, repeated, or out of its order.
+    pub(crate) useless: u64,
+}
+
+/// The way to other hosts.
+#[derive(Default)]
+pub(crate) struct Network {
+    fabric: Option<RoceFabric>,
+    map: Map,
+    batch: Datagrams,
+    /// Whether the sockets are looked at in each round.
+    hot: bool,
+    last_active: u64,
+    /// Queue pairs that wait until the sockets have room.
+    blocked: Vec<Handle>,
+    spare: Vec<Request>,
+    pub(crate) drops: Drops,
+}
+
+impl Network {
+    /// Whether the engine is to look at the sockets without being asked to.
+    pub(crate) fn is_hot(&mut self, now: u64, spin: u64) -> bool {
+        self.hot = self.hot && now.saturating_sub(self.last_active) < spin;
+        self.hot
+    }
+
+    pub(crate) fn next_timeout(&self) -> Option<u64> {
+        self.fabric.as_ref()?.next_timeout()
+    }
+
+    /// Puts a map in place of the one that there was.
+    pub(crate) fn set_map(&mut self, map: Map) {
+        self.map = map;
+    }
+}
+
+/// The hosts of endpoints, with the longest payload of a packet to each.
+#[derive(Default)]
+pub(crate) struct Map {
+    hosts: Hosts,
+    segments: HashMap<IpAddr, u32>,
+}
+
+impl Map {
+    /// Looks up the path to each host; `local` is this host's address.
+    pub(crate) fn new(mut hosts: Hosts, local: IpAddr) -> Self {
+        hosts.remove(local);
+        let segment = |host| {
+            // A host that cannot be reached now may be so later, on a path like most.
+            let mtu = path_mtu(local, host).unwrap_or(ETHERNET_MTU);
+            let fits = largest_payload(mtu, host).min(MAX_SEGMENT as usize);
+            u32::try_from(fits).unwrap_or(MAX_SEGMENT)
+        };
+        let segments = hosts.routers().map(|host| (host, segment(host))).collect();
+        Map { hosts, segments }
+    }
+}
+
+/// The sockets of an address of this host.
+pub(crate) fn open(local: IpAddr) -> std::io::Result<RoceFabric> {
+    let link: Box<dyn Link + Send> = Box::new(Udp::open(&UdpOptions::new(local))?);
+    Ok(Fabric::new(link))
+}
+
+impl Engine {
+    /// Joins the network between hosts.
+    pub(crate) fn join(&mut self, fabric: RoceFabric) -> rustix::io::Result<()> {
+        let data = EventData::new_u64(FABRIC);
+        epoll::add(&*self.doorbells, fabric.as_fd(), data, EventFlags::IN)?;
+        self.network.fabric = Some(fabric);
+        Ok(())
+    }
+
+    /// A connected queue pair has got its attributes: if its peer's address is of another host, it
+    /// goes over the wire. Which host that is stays so until it is reset.
+    pub(crate) fn connect_remote(&mut self, qp: Handle) {
+        let Some(q) = self.qps.get_mut(qp) else {
+            return;
+        };
+        let Some(e) = self.endpoints.get(q.endpoint) else {
+            return;
+        };
+        let (attr, qp_type) = (q.transport.attr(), q.qp_type);
+        if !qp_type.is_connected() {
+            return;
+        }
+        let here = self.by_gid.contains_key(&(e.tenant, attr.av.dgid));
+        let host = match &q.remote {
+            Some(remote) => Some(remote.host),
+            None if here || self.network.fabric.is_none() => None,
+            None => self.network.map.hosts.find(&e.tenant_name, attr.av.dgid),
+        };
+        let Some(host) = host else { return };
+        let mut connection = Connection::new(qp_type, attr);
+        if let Some(&segment) = self.network.map.segments.get(&host) {
+            connection.segment = segment;
+            connection.selective = qp_type.is_reliable();
+        }
+        let state = attr.state;
+        let (flow, next) = (q.qpn.get() ^ attr.dest_qpn, q.send_head);
+        let remote = q.remote.get_or_insert_with(|| {
+            Box::new(Remote {
+                host,
+                flow,
+                requester: None,
+                responder: Responder::new(&connection),
+                requests: VecDeque::new(),
+                first: 0,
+                next,
+                held: BTreeMap::new(),
+                events: Vec::new(),
+            })
+        });
+        remote.responder.reconfigure(&connection);
+        if state != QpState::Rts || qp_type == QpType::XrcRecv {
+            return;
+        }
+        match &mut remote.requester {
+            Some(requester) => requester.reconfigure(&connection),
+            None => {
+                remote.requester = Some(Requester::new(&connection));
+                (remote.first, remote.next) = (0, next);
+            }
+        }
+    }
+
+    /// The sockets have something to read, or room.
+    pub(crate) fn wake_network(&mut self) {
+        self.network.hot = true;
+        self.network.last_active = self.now;
+        self.flush_network();
+    }
+
+    /// Sends what waits to be sent.
+    pub(crate) fn flush_network(&mut self) {
+        let now = self.now;
+        let Some(fabric) = self.network.fabric.as_mut().filter(|f| f.has_unsent()) else {
+            return;
+        };
+        // An error of the socket itself is as good as loss: the transport tries again.
+        if fabric.flush(now).is_ok_and(|p| p == Progress::Done) {
+            for qp in std::mem::take(&mut self.network.blocked) {
+                self.make_ready(qp);
+            }
+        }
+    }
+
+    /// Looks at the sockets, if that is due; whether something has come.
+    pub(crate) fn receive_network(&mut self) -> bool {
+        let due = self.network.next_timeout().is_some_and(|at| at <= self.now);
+        if !self.network.hot && !due {
+            return false;
+        }
+        let now = self.now;
+        let Some(mut fabric) = self.network.fabric.take() else {
+            return false;
+        };
+        let mut batch = std::mem::take(&mut self.network.batch);
+        if fabric.receive(now, &mut batch).is_err() {
+            batch.clear();
+        }
+        for datagram in batch.iter() {
+            if let Some(packet) = fabric.check(datagram) {
+                self.on_packet(&packet);
+            }
+        }
+        let some = !batch.is_empty();
+        self.network.fabric = Some(fabric);
+        self.network.batch = batch;
+        if some {
+            self.network.last_active = now;
+        }
+        some
+    }
+
+    /// Does the next thing there is to do for a queue pair whose peer is on another host.
+    pub(crate) fn remote_step(&mut self, qp: Handle) -> Step {
+        let now = self.now;
+        let Some(q) = self.qps.get_mut(qp) else {
+            return Step::Nothing;
+        };
+        let (Some(mut remote), Some(mut fabric)) = (q.remote.take(), self.network.fabric.take())
+        else {
+            return Step::Nothing;
+        };
+        let mut step = Step::Nothing;
+        if fabric.has_unsent() && matches!(fabric.flush(now), Ok(Progress::Blocked)) {
+            self.network.blocked.push(qp);
+        } else {
+            let sent = self.answer(qp, &mut remote, &mut fabric);
+            step = self.request(qp, &mut remote, &mut fabric).or(sent);
+        }
+        self.network.fabric = Some(fabric);
+        let Some(q) = self.qps.get_mut(qp) else {
+            return Step::Nothing;
+        };
+        let due = remote.requester.as_ref().and_then(Requester::next_timeout);
+        q.under_way = remote.requests.len();
+        let (state, timer) = (q.transport.state(), q.timer);
+        if matches!(state, QpState::Err | QpState::Sqe) {
+            remote.forget();
+            q.under_way = 0;
+        }
+        q.remote = Some(remote);
+        match due {
+            // One that fires too early finds that out.
+            Some(at) if timer.is_none_or(|t| t > at) => self.start_timer(qp, at),
+            _ => {}
+        }
+        match (step, state) {
+            (Step::Nothing, QpState::Err) => self.flush(qp, true),
+            (Step::Nothing, QpState::Sqe) => self.flush(qp, false),
+            _ => step,
+        }
+    }
+
+    /// Adds a packet with the bytes of spans to what is to be sent; false if it could not be. It is
+    /// then as good as lost.
+    fn push(
+        &mut self,
+        fabric: &mut RoceFabric,
+        to: &To,
+        headers: &Headers,
+        bytes: Payload<'_>,
+    ) -> Result<(), Unreadable> {
+        let len = bytes.len();
+        for _ in 0..2 {
+            let pushed = fabric.push(to, headers, len, |room| match bytes {
+                Payload::Spans(spans, _) => self.gather(spans, room).ok_or(Unreadable),
+                Payload::Bytes(bytes) => {
+                    room.copy_from_slice(bytes);
+                    Ok(())
+                }
+            });
+            match pushed {
+                Err(PushError::Full) => {
+                    let _ = fabric.flush(self.now);
+                }
+                Err(PushError::Payload(unreadable)) => return Err(unreadable),
+                _ => break,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a packet carries.
+#[derive(Clone, Copy)]
+enum Payload<'a> {
+    Spans(&'a [Span], usize),
+    Bytes(&'a [u8]),
+}
+
+impl Payload<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Payload::Spans(_, len) => *len,
+            Payload::Bytes(bytes) => bytes.len(),
+        }
+    }
+}
+
+/// Memory that could not be read.
+struct Unreadable;
