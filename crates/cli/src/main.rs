@@ -16,9 +16,11 @@ use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use freeflow_api::{RuntimeDir, Setting};
+use freeflow_router::Config;
 
 /// `freeflow doctor` found something that FreeFlow cannot do without.
 const EXIT_UNFIT: u8 = 1;
@@ -105,6 +107,9 @@ enum Command {
         /// Leave the threads that handle clients' input unconfined, for debugging
         #[arg(long)]
         no_sandbox: bool,
+        /// How long it polls after the last work before it sleeps
+        #[arg(long, value_name = "MICROSECONDS", default_value_t = 200)]
+        spin: u32,
         #[command(flatten)]
         network: NetworkArgs,
     },
@@ -266,8 +271,17 @@ fn main() -> ExitCode {
         Command::Router {
             embedded,
             no_sandbox,
+            spin,
             network,
-        } => router::router(dir, embedded, !no_sandbox, network),
+        } => {
+            let config = Config {
+                sandbox: !no_sandbox,
+                spin: Duration::from_micros(spin.into()),
+                underlay: network.underlay,
+                ..Config::default()
+            };
+            router::router(dir, embedded, config, network.hosts)
+        }
         Command::Endpoint(command) => show::endpoint(&dir, &command),
         Command::Status(args) => show::status(&dir, args.output),
         Command::Doctor(args) => doctor::doctor(args.output),

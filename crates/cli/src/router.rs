@@ -1,7 +1,7 @@
 //! `freeflow router`: the daemon.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use freeflow_router::{Admin, Config, Hosts, Router};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use crate::{NetworkArgs, namespaces, start};
+use crate::{namespaces, start};
 
 /// An embedded router's predecessor is about to end, and gets this time for it.
 const PREDECESSOR: Duration = Duration::from_secs(10);
@@ -21,12 +21,12 @@ const PREDECESSOR: Duration = Duration::from_secs(10);
 pub(crate) fn router(
     dir: RuntimeDir,
     embedded: bool,
-    sandbox: bool,
-    network: NetworkArgs,
+    config: Config,
+    hosts: Option<PathBuf>,
 ) -> Result<ExitCode> {
     raise_descriptor_limit();
     let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM]).context("cannot handle signals")?;
-    let served = serve(dir.clone(), embedded, sandbox, &network);
+    let served = serve(dir.clone(), embedded, config, hosts.as_deref());
     if embedded {
         // To the command that started us and that waits for this line, if it still lives.
         let line = match &served {
@@ -41,7 +41,7 @@ pub(crate) fn router(
     let ended = admin.clone();
     std::thread::spawn(move || {
         for signal in signals.forever() {
-            let Some(file) = network.hosts.as_ref().filter(|_| signal == SIGHUP) else {
+            let Some(file) = hosts.as_ref().filter(|_| signal == SIGHUP) else {
                 return ended.stop();
             };
             match read_hosts(file) {
@@ -64,15 +64,10 @@ fn read_hosts(file: &Path) -> Result<Hosts> {
 fn serve(
     dir: RuntimeDir,
     embedded: bool,
-    sandbox: bool,
-    network: &NetworkArgs,
+    config: Config,
+    hosts: Option<&Path>,
 ) -> Result<Arc<Admin>> {
-    let hosts = network.hosts.as_deref().map(read_hosts).transpose()?;
-    let config = Config {
-        sandbox,
-        underlay: network.underlay,
-        ..Config::default()
-    };
+    let hosts = hosts.map(read_hosts).transpose()?;
     let router = Router::start(config)?;
     router.set_hosts(hosts.unwrap_or_default());
     let patience = if embedded {

@@ -73,7 +73,7 @@ impl Remote {
         To {
             dst: self.host,
             flow: self.flow,
-            ecn: Ecn::NotCapable,
+            ecn: Ecn::Capable0,
         }
     }
 }
@@ -253,6 +253,7 @@ impl Engine {
                 self.on_packet(&packet);
             }
         }
+        self.end_uses();
         let some = !batch.is_empty();
         self.network.fabric = Some(fabric);
         self.network.batch = batch;

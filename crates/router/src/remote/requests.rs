@@ -240,9 +240,6 @@ impl Engine {
         let Some(requester) = &mut remote.requester else {
             return;
         };
-        if headers.bth.becn {
-            requester.on_congestion();
-        }
         requester.on_response(headers, payload.len(), now, &mut remote.events);
         self.take_events(qp, remote, payload);
     }

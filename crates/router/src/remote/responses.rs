@@ -1,6 +1,6 @@
 //! What other hosts ask for: packets from the wire, executed against this host's memory.
 
-use freeflow_fabric_udp::Received;
+use freeflow_fabric_udp::{Ecn, Received};
 use freeflow_session::Handle;
 use freeflow_shm::SendEntry;
 use freeflow_transport::{Action, Execution, MessageEnd, Nak, Outcome, Refusal, Reply, Verdict};
@@ -15,7 +15,7 @@ use crate::remote::{MAX_HELD, PACKETS_PER_STEP, Payload, Remote, RoceFabric};
 impl Engine {
     /// A packet has come. Its CRC is right, and nothing else is certain.
     pub(super) fn on_packet(&mut self, packet: &Received<'_>) {
-        let headers = &packet.headers;
+        let (headers, now) = (&packet.headers, self.now);
         let Some(&qp) = self.by_qpn.get(&headers.bth.dest_qp) else {
             self.network.drops.unknown_qp += 1;
             return;
@@ -29,13 +29,20 @@ impl Engine {
             return;
         };
         let receives = q.transport.may_receive();
+        let marked = packet.ecn == Ecn::Congested;
         if headers.bth.opcode.is_response() {
             if matches!(q.transport.state(), QpState::Rts | QpState::Sqd) {
+                if marked && let Some(requester) = &mut remote.requester {
+                    requester.on_congestion();
+                }
                 self.on_answer(qp, &mut remote, headers, packet.payload);
             } else {
                 self.network.drops.not_receiving += 1;
             }
         } else if receives || remote.responder.has_failed() {
+            if marked {
+                remote.responder.on_mark(now);
+            }
             self.on_request(qp, &mut remote, headers, packet.payload);
         } else {
             self.network.drops.not_receiving += 1;
