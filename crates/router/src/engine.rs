@@ -80,6 +80,8 @@ pub(crate) struct Engine {
     pub(crate) max_descriptors: u64,
     /// Nanoseconds that a session is watched after its last work.
     pub(crate) spin: u64,
+    /// The same while other hosts talk to us.
+    pub(crate) network_spin: u64,
     pub(crate) opener: Opener,
     pub(crate) copiers: Copiers,
     /// How long the engine waited for memory in the present turn.
@@ -141,6 +143,7 @@ impl Engine {
             copiers: opener.copiers(),
             waited: Duration::ZERO,
             notices: Notices::default(),
+            network_spin: spin,
             opener,
             doorbells,
             tenants: FxHashMap::default(),
@@ -197,12 +200,12 @@ impl Engine {
         let busy = turns != 0 || received || !self.line.is_empty() || !self.ending.is_empty();
         if !busy || now >= self.cool_due {
             self.cool_down();
-            self.cool_due = now.saturating_add(self.spin);
+            self.cool_due = now.saturating_add(self.patience());
         }
         if busy {
             return Polled::Busy;
         }
-        if self.hot.is_empty() && !self.network.is_hot(now, self.spin) {
+        if self.hot.is_empty() && !self.network.is_hot(now, self.patience()) {
             Polled::Asleep {
                 until: self.next_due(),
             }
@@ -260,8 +263,9 @@ impl Engine {
             _ => return,
         };
         self.make_ready(qp);
-        // Its peer may wait for a receive request.
-        if let Some(peer) = self.peer(qp)
+        // Its peer may wait for a receive request, unless it is on another host.
+        if self.qps.get(qp).is_some_and(|q| q.remote.is_none())
+            && let Some(peer) = self.peer(qp)
             && let Some(p) = self.qps.get(peer)
             && p.waiting == Waiting::Receiver
             && let Some(rings) = self.qps.get(qp).and_then(QpObject::rings)
@@ -331,9 +335,20 @@ impl Engine {
         timer.into_iter().chain(self.network.next_timeout()).min()
     }
 
+    /// Nanoseconds for which what has nothing to do is watched. While other hosts talk to us, their
+    /// packets wake us as soon as they come; on few processors they would have to wait for one that
+    /// polls with others in turn.
+    fn patience(&self) -> u64 {
+        if self.network.is_lively(self.now) {
+            self.spin.min(self.network_spin)
+        } else {
+            self.spin
+        }
+    }
+
     /// Stops watching sessions that have had nothing to do for a while.
     fn cool_down(&mut self) {
-        let (now, spin) = (self.now, self.spin);
+        let (now, spin) = (self.now, self.patience());
         let sessions = &mut self.sessions;
         self.hot.retain(|&session| {
             let Some(s) = sessions.get_mut(session) else {

@@ -88,6 +88,8 @@ pub struct Config {
     /// How long a session is watched after its last work, before the router waits for its
     /// doorbell.
     pub spin: Duration,
+    /// The same while other hosts talk to this one.
+    pub network_spin: Duration,
     /// Rounds without work before the router yields its processor between rounds.
     pub yield_after: u32,
     /// This host's address in the network between hosts, if it takes part.
@@ -104,6 +106,7 @@ impl Default for Config {
             limits: DeviceLimits::default(),
             max_descriptors: descriptor_limit() / 4,
             spin: Duration::from_micros(200),
+            network_spin: Duration::from_micros(if cores > 4 { 50 } else { 5 }),
             yield_after: if cores > 4 { 2000 } else { 20 },
             underlay: None,
             sandbox: true,

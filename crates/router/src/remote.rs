@@ -35,6 +35,16 @@ const PACKETS_PER_STEP: u32 = 64;
 /// Packets that came early and are held for one queue pair.
 const MAX_HELD: usize = 448;
 
+/// How long a network is lively after a packet, in nanoseconds.
+const LIVELY_NS: u64 = 1_000_000;
+
+/// Bytes of these.
+const MAX_HELD_BYTES: usize = 1 << 20;
+
+/// Numbers that a router gives its packets in IPv4's identification, of which the packet's CRC
+/// tells: any other is taken for damage.
+const ROUTERS_IDS: u16 = 64;
+
 /// Bytes of a packet on most links.
 const ETHERNET_MTU: usize = 1500;
 
@@ -47,6 +57,8 @@ pub(crate) type RoceFabric = Fabric<Box<dyn Link + Send>>;
 #[derive(Debug)]
 pub(crate) struct Remote {
     host: IpAddr,
+    /// There is a router like this one, not any device.
+    is_router: bool,
     flow: u32,
     requester: Option<Requester>,
     responder: Responder,
@@ -58,6 +70,8 @@ pub(crate) struct Remote {
     next: u64,
     /// Packets that came early.
     held: BTreeMap<u64, (Headers, Vec<u8>)>,
+    /// Bytes of these, at least.
+    held_bytes: usize,
     events: Vec<RequesterEvent>,
 }
 
@@ -85,6 +99,8 @@ pub(crate) struct Drops {
     pub(crate) unknown_qp: u64,
     /// The queue pair is not connected to that host.
     pub(crate) wrong_host: u64,
+    /// The packet's CRC is not one that this router's peer makes.
+    pub(crate) damaged: u64,
     /// The queue pair is not ready to receive, or in error.
     pub(crate) not_receiving: u64,
     /// Nothing that the connection has a use for: late, repeated, or out of its order.
@@ -111,6 +127,11 @@ impl Network {
     pub(crate) fn is_hot(&mut self, now: u64, spin: u64) -> bool {
         self.hot = self.hot && now.saturating_sub(self.last_active) < spin;
         self.hot
+    }
+
+    /// Whether other hosts have talked to us just now.
+    pub(crate) fn is_lively(&self, now: u64) -> bool {
+        self.fabric.is_some() && now.saturating_sub(self.last_active) < LIVELY_NS
     }
 
     pub(crate) fn next_timeout(&self) -> Option<u64> {
@@ -190,6 +211,7 @@ impl Engine {
         let remote = q.remote.get_or_insert_with(|| {
             Box::new(Remote {
                 host,
+                is_router: connection.selective,
                 flow,
                 requester: None,
                 responder: Responder::new(&connection),
@@ -197,6 +219,7 @@ impl Engine {
                 first: 0,
                 next,
                 held: BTreeMap::new(),
+                held_bytes: 0,
                 events: Vec::new(),
             })
         });
@@ -269,8 +292,11 @@ impl Engine {
         let Some(q) = self.qps.get_mut(qp) else {
             return Step::Nothing;
         };
-        let (Some(mut remote), Some(mut fabric)) = (q.remote.take(), self.network.fabric.take())
-        else {
+        let Some(mut fabric) = self.network.fabric.take() else {
+            return Step::Nothing;
+        };
+        let Some(mut remote) = q.remote.take() else {
+            self.network.fabric = Some(fabric);
             return Step::Nothing;
         };
         let mut step = Step::Nothing;

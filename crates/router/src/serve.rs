@@ -69,6 +69,7 @@ impl Shared {
         epoll::add(&doorbells, &kick, EventData::new_u64(KICK), edge)?;
         let spin = config.spin.as_nanos() as u64;
         let mut engine = Engine::new(config.limits, spin, opener, doorbells.clone());
+        engine.network_spin = config.network_spin.as_nanos() as u64;
         engine.max_descriptors = config.max_descriptors;
         Ok(Shared {
             notices: engine.notices.clone(),

@@ -267,15 +267,13 @@ impl Engine {
                     }
                 }
                 RequesterEvent::Complete(_) => {
-                    if let Some(request) = remote.requests.pop_front() {
-                        remote.first += 1;
+                    if let Some(request) = self.next_done(qp, remote) {
                         self.succeed(qp, &request);
                         self.spare(request);
                     }
                 }
                 RequesterEvent::Failed(_, status) => {
-                    if let Some(request) = remote.requests.pop_front() {
-                        remote.first += 1;
+                    if let Some(request) = self.next_done(qp, remote) {
                         self.fail_request(qp, &request, status);
                         self.spare(request);
                         self.resume(qp);
@@ -284,9 +282,14 @@ impl Engine {
             }
         }
         remote.events.clear();
-        if let Some(q) = self.qps.get_mut(qp) {
-            q.under_way = remote.requests.len();
-        }
+    }
+
+    /// The request that is done now.
+    fn next_done(&mut self, qp: Handle, remote: &mut Remote) -> Option<Request> {
+        let request = remote.requests.pop_front()?;
+        remote.first += 1;
+        self.qps.get_mut(qp)?.under_way = remote.requests.len();
+        Some(request)
     }
 
     fn spare(&mut self, request: Request) {

@@ -10,7 +10,9 @@ use freeflow_wire::Headers;
 use crate::data::{Atomic, Source, Span};
 use crate::engine::{Engine, TURN_BYTES};
 use crate::exec::{Request, Step};
-use crate::remote::{MAX_HELD, PACKETS_PER_STEP, Payload, Remote, RoceFabric};
+use crate::remote::{
+    MAX_HELD, MAX_HELD_BYTES, PACKETS_PER_STEP, Payload, ROUTERS_IDS, Remote, RoceFabric,
+};
 
 impl Engine {
     /// A packet has come. Its CRC is right, and nothing else is certain.
@@ -28,6 +30,11 @@ impl Engine {
             self.network.drops.wrong_host += 1;
             return;
         };
+        if remote.is_router && packet.src.is_ipv4() && packet.ip_id >= ROUTERS_IDS {
+            q.remote = Some(remote);
+            self.network.drops.damaged += 1;
+            return;
+        }
         let receives = q.transport.may_receive();
         let marked = packet.ecn == Ecn::Congested;
         if headers.bth.opcode.is_response() {
@@ -60,6 +67,10 @@ impl Engine {
             let Some((headers, payload)) = remote.held.remove(&number) else {
                 break;
             };
+            remote.held_bytes = remote.held_bytes.saturating_sub(payload.len());
+            if remote.held.is_empty() {
+                remote.held_bytes = 0;
+            }
             self.judge(qp, remote, &headers, &payload);
         }
     }
@@ -70,7 +81,11 @@ impl Engine {
                 let outcome = self.run(qp, &execution, payload);
                 remote.responder.finish(&execution, outcome);
             }
-            Verdict::Hold(number) if remote.held.len() < MAX_HELD => {
+            Verdict::Hold(number)
+                if remote.held.len() < MAX_HELD
+                    && remote.held_bytes + payload.len() <= MAX_HELD_BYTES =>
+            {
+                remote.held_bytes += payload.len();
                 remote.held.insert(number, (*headers, payload.to_vec()));
                 remote.responder.hold(number);
             }
