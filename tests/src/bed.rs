@@ -42,6 +42,28 @@ pub struct Bed {
     router: Running,
     dir: TempDir,
     next: AtomicU16,
+    host: Host,
+}
+
+/// Where a bed's router and programs run.
+#[derive(Clone, Debug)]
+pub(crate) struct Host {
+    /// What executes every command: a program and its arguments before the command line.
+    pub(crate) place: Vec<String>,
+    /// The router's arguments.
+    pub(crate) router: Vec<String>,
+    /// The addresses of its endpoints begin with these bytes.
+    pub(crate) network: [u8; 2],
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        Host {
+            place: Vec::new(),
+            router: Vec::new(),
+            network: [10, 78],
+        }
+    }
 }
 
 impl Bed {
@@ -53,14 +75,19 @@ impl Bed {
     /// As [`Self::new`], with another program that executes the router: its arguments come before
     /// the router's command line.
     pub fn under(wrapper: &[&str]) -> Result<Bed> {
+        Self::at(Host::default(), wrapper)
+    }
+
+    pub(crate) fn at(host: Host, wrapper: &[&str]) -> Result<Bed> {
         // Sockets' paths are short: not below a directory that may be long.
         let dir = tempfile::Builder::new()
             .prefix("ffbed")
             .tempdir_in("/tmp")?;
         Ok(Bed {
-            router: serve(dir.path(), wrapper)?,
+            router: serve(dir.path(), &host, wrapper)?,
             dir,
             next: AtomicU16::new(1),
+            host,
         })
     }
 
@@ -68,7 +95,7 @@ impl Bed {
     pub fn restart(&mut self) -> Result<()> {
         self.router.signal(rustix::process::Signal::KILL);
         self.router.reap(DEADLINE)?;
-        self.router = serve(self.dir.path(), &[])?;
+        self.router = serve(self.dir.path(), &self.host, &[])?;
         Ok(())
     }
 
@@ -84,7 +111,7 @@ impl Bed {
 
     /// The `freeflow` command on this router.
     pub fn freeflow(&self) -> Command {
-        freeflow(self.dir.path())
+        freeflow(self.dir.path(), &self.host.place)
     }
 
     /// Runs a `freeflow` command to its end.
@@ -135,10 +162,10 @@ impl Bed {
     pub fn endpoint(&self) -> Endpoint<'_> {
         // Relaxed: only that numbers differ matters.
         let n = self.next.fetch_add(1, Ordering::Relaxed);
-        let [high, low] = n.to_be_bytes();
+        let ([a, b], [high, low]) = (self.host.network, n.to_be_bytes());
         Endpoint {
             bed: self,
-            ip: IpAddr::from([10, 78, high, low]),
+            ip: IpAddr::from([a, b, high, low]),
             tenant: "default".to_owned(),
         }
     }
@@ -161,61 +188,71 @@ impl Bed {
     /// the client with `-p PORT 127.0.0.1`. Both must end well; returns the server's and the
     /// client's output.
     pub fn pair(&self, program: &str, args: &[&str]) -> Result<(Ended, Ended)> {
-        let (server, client) = (self.endpoint(), self.endpoint());
         let port = free_port();
-        let port_text = port.to_string();
-        let mut both = args.to_vec();
-        both.extend(["-p", &port_text]);
-        let mut serving = server.start(program, &both)?;
-        if !wait_for_listener(port, DEADLINE, || serving.is_alive()) {
-            serving.signal(rustix::process::Signal::KILL);
-            bail!("the server does not listen: {}", serving.wait(DEADLINE)?);
-        }
-        both.push("127.0.0.1");
-        let client = client.start(program, &both)?.wait(EXCHANGE);
-        let client = match client {
-            Ok(client) if client.status.success() => client,
-            failed => {
-                // The server's side tells more.
-                let server = if serving.is_alive() {
-                    serving.signal(rustix::process::Signal::TERM);
-                    serving.wait(DEADLINE)
-                } else {
-                    serving.wait(DEADLINE)
-                };
-                let failed = failed.map_or_else(|e| e.to_string(), |e| e.to_string());
-                bail!("client: {failed}\nserver: {}", server?);
-            }
-        };
-        Ok((serving.wait(DEADLINE)?.success()?, client))
+        let ends = [&self.endpoint(), &self.endpoint()];
+        pair(ends, program, args, port, "127.0.0.1", |serving| {
+            wait_for_listener(port, DEADLINE, || serving.is_alive())
+        })
     }
 }
 
-fn serve(runtime_dir: &Path, wrapper: &[&str]) -> Result<Running> {
-    let mut router = freeflow(runtime_dir);
-    router.arg("router");
-    let mut command = match wrapper.split_first() {
-        Some((program, args)) => {
-            let mut command = Command::new(program);
-            command.args(args).arg(router.get_program());
-            command.args(router.get_args());
-            for (name, value) in router.get_envs() {
-                match value {
-                    Some(value) => command.env(name, value),
-                    None => command.env_remove(name),
-                };
-            }
-            command
+/// Runs a program that bootstraps over TCP on two endpoints: the server's, and the client's.
+pub(crate) fn pair(
+    [server, client]: [&Endpoint<'_>; 2],
+    program: &str,
+    args: &[&str],
+    port: u16,
+    address: &str,
+    listens: impl FnOnce(&mut Running) -> bool,
+) -> Result<(Ended, Ended)> {
+    let port = port.to_string();
+    let mut both = args.to_vec();
+    both.extend(["-p", &port]);
+    let mut serving = server.start(program, &both)?;
+    if !listens(&mut serving) {
+        serving.signal(rustix::process::Signal::KILL);
+        bail!("the server does not listen: {}", serving.wait(DEADLINE)?);
+    }
+    both.push(address);
+    let client = client.start(program, &both)?.wait(EXCHANGE);
+    let client = match client {
+        Ok(client) if client.status.success() => client,
+        failed => {
+            // The server's side tells more.
+            let server = if serving.is_alive() {
+                serving.signal(rustix::process::Signal::TERM);
+                serving.wait(DEADLINE)
+            } else {
+                serving.wait(DEADLINE)
+            };
+            let failed = failed.map_or_else(|e| e.to_string(), |e| e.to_string());
+            bail!("client: {failed}\nserver: {}", server?);
         }
-        None => router,
     };
+    Ok((serving.wait(DEADLINE)?.success()?, client))
+}
+
+fn serve(runtime_dir: &Path, host: &Host, wrapper: &[&str]) -> Result<Running> {
+    let mut place = host.place.clone();
+    place.extend(wrapper.iter().map(|&arg| arg.to_owned()));
+    let mut command = freeflow(runtime_dir, &place);
+    command.arg("router").args(&host.router);
     let router = Running::start(&mut command)?;
     router.wait_for("router serves", DEADLINE)?;
     Ok(router)
 }
 
-fn freeflow(runtime_dir: &Path) -> Command {
-    let mut command = Command::new(dist().join("bin/freeflow"));
+/// The command, executed by another one if there is such.
+fn freeflow(runtime_dir: &Path, place: &[String]) -> Command {
+    let binary = dist().join("bin/freeflow");
+    let mut command = match place.split_first() {
+        Some((program, args)) => {
+            let mut command = Command::new(program);
+            command.args(args).arg(binary);
+            command
+        }
+        None => Command::new(binary),
+    };
     command
         .arg("--runtime-dir")
         .arg(runtime_dir)

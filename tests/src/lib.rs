@@ -6,7 +6,9 @@
 mod bed;
 mod footprint;
 mod fuse;
+mod hosts;
 mod machine;
+pub mod perftest;
 mod place;
 mod port;
 mod process;
@@ -18,6 +20,7 @@ pub mod rig;
 pub use bed::{Bed, Endpoint, Lasting, dist};
 pub use footprint::Footprint;
 pub use fuse::StuckFile;
+pub use hosts::Hosts;
 pub use machine::{TcpPair, have, is_root, program, skip};
 pub use place::Place;
 pub use port::{free_port, wait_for_listener, wait_for_listener_of};

@@ -99,7 +99,15 @@ impl TcpPair {
         command
     }
 
-    fn shell(&self, side: usize, script: &str) -> Result<Ended> {
+    /// What executes a command on a side: a program and its arguments before the command line.
+    pub(crate) fn place(&self, side: usize) -> Vec<String> {
+        let enter = enter(&self.holders[side]);
+        let args = enter.get_args().map(|arg| arg.to_string_lossy().into());
+        std::iter::once("nsenter".to_owned()).chain(args).collect()
+    }
+
+    /// Runs a script on a side; it must end well.
+    pub(crate) fn shell(&self, side: usize, script: &str) -> Result<Ended> {
         Running::start(&mut self.command(side, "sh", &["-c", script]))?
             .wait(DEADLINE)?
             .success()

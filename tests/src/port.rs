@@ -57,6 +57,19 @@ pub fn wait_for_listener_of(running: &mut Running, port: u16, deadline: Duration
     false
 }
 
+/// Waits until somebody listens on a TCP port of a process's own network namespace; false as for
+/// [`wait_for_listener`].
+pub(crate) fn wait_for_listener_with(running: &mut Running, port: u16, deadline: Duration) -> bool {
+    let until = Instant::now() + deadline;
+    while Instant::now() < until && running.is_alive() {
+        if is_listening(&format!("/proc/{}", running.pid()), port) {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    false
+}
+
 fn network_of(pid: u32) -> Option<std::path::PathBuf> {
     std::fs::read_link(format!("/proc/{pid}/ns/net")).ok()
 }

@@ -1,6 +1,6 @@
 //! Debian's perftest, unmodified, between two endpoints of one router.
 
-use freeflow_tests::{Bed, Ended, have, skip};
+use freeflow_tests::{Bed, perftest, skip};
 
 struct Run {
     bed: Bed,
@@ -13,46 +13,9 @@ impl Run {
         }
     }
 
-    /// Runs a program on two endpoints. On a machine that is busy it may find that it cannot
-    /// measure the processor's clock, and gives up: then it tries again.
-    fn pair(&self, program: &str, args: &[&str]) -> (Ended, Ended) {
-        const NO_CLOCK: &str = "Correlation coefficient";
-        let mut tries = 5;
-        loop {
-            tries -= 1;
-            match self.bed.pair(program, args) {
-                Err(e) if tries != 0 && e.to_string().contains(NO_CLOCK) => {}
-                done => return done.unwrap(),
-            }
-        }
-    }
-
     /// Runs a program in all these ways; each must print a row of figures for the last size.
     fn ways(&self, program: &str, ways: &[&str]) {
-        if !have(program) {
-            return;
-        }
-        for way in ways {
-            let args: Vec<_> = way.split_ascii_whitespace().collect();
-            let (server, client) = self.pair(program, &args);
-            let figures = client.stdout.lines().any(|line| {
-                let mut words = line.split_ascii_whitespace();
-                words.next().is_some_and(|w| w.parse::<u64>().is_ok()) && words.count() >= 4
-            });
-            assert!(figures, "{program} {way}: no figures in {client}");
-            for side in [server, client] {
-                let said = format!("{}{}", side.stdout, side.stderr).to_lowercase();
-                for bad in [
-                    "failed",
-                    "error",
-                    "couldn't",
-                    "unable",
-                    "no version information",
-                ] {
-                    assert!(!said.contains(bad), "{program} {way}: {side}");
-                }
-            }
-        }
+        perftest::ways(program, ways, |program, args| self.bed.pair(program, args));
     }
 }
 

@@ -1,0 +1,152 @@
+//! Two hosts with a link between them: each is a network namespace with a router.
+
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use tempfile::TempDir;
+
+use crate::bed::{Host, pair};
+use crate::port::wait_for_listener_with;
+use crate::{Bed, DEADLINE, Ended, Running, TcpPair, free_port, program, skip};
+
+/// Two hosts whose routers carry traffic between them.
+pub struct Hosts {
+    beds: [Bed; 2],
+    net: TcpPair,
+    _dir: TempDir,
+}
+
+impl Hosts {
+    /// Addresses of the hosts.
+    pub const ADDRESSES: [&'static str; 2] = ["192.0.2.1", "192.0.2.2"];
+
+    /// Whether this machine can have them; says loudly if not.
+    pub fn can(test: &str) -> bool {
+        for needed in ["unshare", "nsenter", "ip", "ss"] {
+            if program(needed).is_none() {
+                skip(test, &format!("{needed} is not installed"));
+                return false;
+            }
+        }
+        match TcpPair::new(1500) {
+            Ok(_) => true,
+            Err(e) => {
+                skip(test, &format!("no two network namespaces: {e:#}"));
+                false
+            }
+        }
+    }
+
+    /// Starts them, with a link that carries IP packets of so many bytes. Endpoints of `default`
+    /// and of `other` on each are known to the other.
+    pub fn new(mtu: u32) -> Result<Hosts> {
+        Self::with(mtu, &[])
+    }
+
+    /// As [`Self::new`], with more arguments for both routers.
+    pub fn with(mtu: u32, router: &[&str]) -> Result<Hosts> {
+        let net = TcpPair::new(mtu)?;
+        let dir = tempfile::Builder::new()
+            .prefix("ffhosts")
+            .tempdir_in("/tmp")?;
+        let map = dir.path().join("hosts");
+        let lines: String = ["default", "other"]
+            .into_iter()
+            .flat_map(|tenant| {
+                Self::ADDRESSES
+                    .into_iter()
+                    .enumerate()
+                    .map(move |(n, host)| format!("{tenant} 10.{}.0.0/16 {host}\n", NETWORKS[n]))
+            })
+            .collect();
+        std::fs::write(&map, lines)?;
+        let map = map.to_str().context("a path that is no text")?;
+        let bed = |n: usize| {
+            let own = ["--underlay", Self::ADDRESSES[n], "--hosts", map];
+            let args = own.iter().chain(router);
+            let host = Host {
+                place: net.place(n),
+                router: args.map(|&arg| arg.to_owned()).collect(),
+                network: [10, NETWORKS[n]],
+            };
+            Bed::at(host, &[])
+        };
+        Ok(Hosts {
+            beds: [bed(0)?, bed(1)?],
+            net,
+            _dir: dir,
+        })
+    }
+
+    /// A host's router.
+    pub fn bed(&self, host: usize) -> &Bed {
+        &self.beds[host]
+    }
+
+    /// A host's router.
+    pub fn bed_mut(&mut self, host: usize) -> &mut Bed {
+        &mut self.beds[host]
+    }
+
+    /// A command on a host.
+    pub fn command(&self, host: usize, program: &str, args: &[&str]) -> Command {
+        self.net.command(host, program, args)
+    }
+
+    /// Runs a shell's script on a host; it must end well.
+    pub fn shell(&self, host: usize, script: &str) -> Result<Ended> {
+        self.net.shell(host, script)
+    }
+
+    /// Has a host drop so many of a thousand of the RoCEv2 packets that come to it.
+    pub fn lose(&self, host: usize, of_1000: u32) -> Result<()> {
+        self.shell(
+            host,
+            &format!(
+                "nft add table inet loss && nft add chain inet loss input \
+                 '{{ type filter hook input priority 0; }}' && nft add rule inet loss input \
+                 udp dport 4791 numgen random mod 1000 '<' {of_1000} counter drop"
+            ),
+        )
+        .map(drop)
+    }
+
+    /// RoCEv2 packets that [`Self::lose`] has dropped at a host.
+    pub fn lost(&self, host: usize) -> Result<u64> {
+        let said = self.shell(host, "nft -j list table inet loss")?.stdout;
+        let rules: serde_json::Value = serde_json::from_str(&said)?;
+        let of = |object: &serde_json::Value| {
+            let parts = object["rule"]["expr"].as_array()?;
+            parts.iter().find_map(|p| p["counter"]["packets"].as_u64())
+        };
+        let all = rules["nftables"].as_array().context("nft lists nothing")?;
+        all.iter().find_map(of).context("no counter")
+    }
+
+    /// Runs a program that bootstraps over TCP with its server on the first host, its client on
+    /// the second, as [`Bed::pair`] does.
+    pub fn pair(&self, program: &str, args: &[&str]) -> Result<(Ended, Ended)> {
+        let port = free_port();
+        let ends = [&self.beds[0].endpoint(), &self.beds[1].endpoint()];
+        pair(ends, program, args, port, Self::ADDRESSES[0], |serving| {
+            wait_for_listener_with(serving, port, DEADLINE)
+        })
+    }
+
+    /// Starts both sides of such a program, and leaves them.
+    pub fn start(&self, program: &str, args: &[&str]) -> Result<(Running, Running)> {
+        let port = free_port();
+        let text = port.to_string();
+        let mut all = args.to_vec();
+        all.extend(["-p", &text]);
+        let mut server = self.beds[0].endpoint().start(program, &all)?;
+        if !wait_for_listener_with(&mut server, port, DEADLINE) {
+            anyhow::bail!("the server does not listen: {}", server.wait(DEADLINE)?);
+        }
+        all.push(Self::ADDRESSES[0]);
+        Ok((server, self.beds[1].endpoint().start(program, &all)?))
+    }
+}
+
+/// Second bytes of the addresses of the hosts' endpoints.
+const NETWORKS: [u8; 2] = [81, 82];

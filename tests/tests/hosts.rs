@@ -1,0 +1,135 @@
+//! Two hosts: unmodified programs over RoCEv2 between two routers.
+
+use std::time::Duration;
+
+use freeflow_tests::{DEADLINE, Ended, Hosts, Running, dist, have, perftest, skip};
+
+/// The whole conformance suite, on a slow machine.
+const LIMIT: Duration = Duration::from_secs(900);
+
+const MTUS: [u32; 2] = [1500, 9000];
+
+fn hosts(test: &str, mtu: u32) -> Option<Hosts> {
+    Hosts::can(test).then(|| Hosts::new(mtu).unwrap())
+}
+
+fn pingpong(hosts: &Hosts, program: &str, args: &[&str]) {
+    let mut all = vec!["-g", "0", "-c"];
+    all.extend(args);
+    let (_, client) = hosts.pair(program, &all).unwrap();
+    assert!(client.stdout.contains(" iters in "), "{client}");
+}
+
+fn ways(hosts: &Hosts, program: &str, ways: &[&str]) {
+    perftest::ways(program, ways, |program, args| hosts.pair(program, args));
+}
+
+/// All of `$all` on a link of each MTU.
+macro_rules! each_mtu {
+    ($name:ident, $hosts:ident => $body:block) => {
+        #[test]
+        fn $name() {
+            for mtu in MTUS {
+                let Some($hosts) = hosts(stringify!($name), mtu) else {
+                    return;
+                };
+                $body
+            }
+        }
+    };
+}
+
+each_mtu!(pingpongs, hosts => {
+    for program in ["ibv_rc_pingpong", "ibv_uc_pingpong"] {
+        if have(program) {
+            for args in [&[][..], &["-e"], &["-s", "1048576", "-n", "50"], &["-m", "256"]] {
+                pingpong(&hosts, program, args);
+            }
+        }
+    }
+});
+
+each_mtu!(sends, hosts => {
+    ways(&hosts, "ib_send_bw", &[
+        "-a -n 100",
+        "-c UC -s 4096 -n 1000 -r 1024",
+        "-b -n 300",
+        "-e -n 300",
+        "-q 8 -n 200",
+        "-q 8 -b -e -s 1024 -n 300",
+        "-I 64 -s 64 -n 2000",
+        "-l 8 -s 512 -n 2000",
+        "-l 32 --recv_post_list=32 -s 64 -n 3200",
+        "-s 1048576 -n 50",
+    ]);
+    ways(&hosts, "ib_send_lat", &["-a -n 50", "-c UC -a -n 50", "-e -s 64 -n 500", "-I 220 -s 220 -n 500"]);
+});
+
+each_mtu!(writes, hosts => {
+    ways(&hosts, "ib_write_bw", &[
+        "-a -n 100",
+        "-c UC -a -n 100",
+        "-b -a -n 20",
+        "-q 8 -n 200",
+        "-I 64 -s 64 -n 2000",
+        "-l 16 -s 64 -n 2000",
+        "-s 1048576 -n 50",
+    ]);
+    ways(&hosts, "ib_write_lat", &["-a -n 50", "-I 64 -s 64 -n 500"]);
+});
+
+each_mtu!(reads_and_atomics, hosts => {
+    ways(&hosts, "ib_read_bw", &["-a -n 100", "-b -n 300", "-e -n 300", "-q 8 -n 100", "-o 1 -s 64 -n 500", "-l 4 -s 64 -n 1000"]);
+    ways(&hosts, "ib_atomic_bw", &["-n 1000", "-A CMP_AND_SWAP -n 1000", "-b -n 500", "-q 8 -n 200"]);
+    ways(&hosts, "ib_read_lat", &["-a -n 50", "-e -s 64 -n 500"]);
+    ways(&hosts, "ib_atomic_lat", &["-n 500", "-A CMP_AND_SWAP -n 500", "-e -n 500"]);
+});
+
+each_mtu!(nothing_is_lost_when_packets_are, hosts => {
+    if !have("nft") {
+        return;
+    }
+    for (n, of_1000) in [10, 50].into_iter().enumerate() {
+        for host in [0, 1] {
+            if n != 0 {
+                hosts.shell(host, "nft delete table inet loss").unwrap();
+            }
+            if let Err(e) = hosts.lose(host, of_1000) {
+                return skip("loss between hosts", &format!("{e:#}"));
+            }
+        }
+        pingpong(&hosts, "ibv_rc_pingpong", &["-n", "300", "-s", "65536"]);
+        pingpong(&hosts, "ibv_rc_pingpong", &["-n", "1000"]);
+        ways(&hosts, "ib_write_bw", &["-n 200 -s 65536"]);
+        ways(&hosts, "ib_read_bw", &["-n 200 -s 65536"]);
+        ways(&hosts, "ib_atomic_bw", &["-n 300"]);
+        for host in [0, 1] {
+            assert_ne!(hosts.lost(host).unwrap(), 0);
+        }
+    }
+});
+
+fn suite(hosts: &Hosts, host: usize, args: &[&str]) -> Running {
+    let program = dist().join("bin/ff-conform");
+    let endpoint = hosts.bed(host).endpoint();
+    endpoint.start(program.to_str().unwrap(), args).unwrap()
+}
+
+fn passed(said: Ended, at_least: u32) {
+    let summary = said.stdout.lines().last().unwrap_or_default();
+    let mut words = summary.split(' ');
+    let n: u32 = words.next().and_then(|n| n.parse().ok()).unwrap_or(0);
+    let ended = (words.next(), words.next());
+    assert_eq!(ended, (Some("passed,"), Some("0")), "{said}");
+    assert!(n >= at_least, "only {n} tests passed: {said}");
+    said.success().unwrap();
+}
+
+each_mtu!(the_verbs_do_what_they_promise, hosts => {
+    let socket = hosts.bed(1).dir().join("conformance");
+    let socket = socket.to_str().unwrap();
+    let far = suite(&hosts, 1, &["--serve", socket]);
+    far.wait_for("serving at", DEADLINE).unwrap();
+    let near = suite(&hosts, 0, &["--shorter", "10", "--peer", socket]);
+    passed(near.wait(LIMIT).unwrap(), 75);
+});
