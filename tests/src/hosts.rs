@@ -6,8 +6,10 @@ use anyhow::{Context, Result};
 use tempfile::TempDir;
 
 use crate::bed::{Host, pair};
-use crate::port::wait_for_listener_with;
-use crate::{Bed, DEADLINE, Ended, Running, TcpPair, free_port, program, skip};
+
+use crate::{
+    Bed, DEADLINE, Ended, Running, TcpPair, free_port, program, skip, wait_for_listener_with,
+};
 
 /// Two hosts whose routers carry traffic between them.
 pub struct Hosts {

@@ -23,7 +23,7 @@ pub use fuse::StuckFile;
 pub use hosts::Hosts;
 pub use machine::{TcpPair, have, is_root, program, skip};
 pub use place::Place;
-pub use port::{free_port, wait_for_listener, wait_for_listener_of};
+pub use port::{free_port, wait_for_listener, wait_for_listener_of, wait_for_listener_with};
 pub use process::{Ended, Running, descendants, wait_until};
 pub use victim::Victim;
 

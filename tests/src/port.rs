@@ -59,7 +59,7 @@ pub fn wait_for_listener_of(running: &mut Running, port: u16, deadline: Duration
 
 /// Waits until somebody listens on a TCP port of a process's own network namespace; false as for
 /// [`wait_for_listener`].
-pub(crate) fn wait_for_listener_with(running: &mut Running, port: u16, deadline: Duration) -> bool {
+pub fn wait_for_listener_with(running: &mut Running, port: u16, deadline: Duration) -> bool {
     let until = Instant::now() + deadline;
     while Instant::now() < until && running.is_alive() {
         if is_listening(&format!("/proc/{}", running.pid()), port) {

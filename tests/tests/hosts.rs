@@ -109,6 +109,94 @@ each_mtu!(nothing_is_lost_when_packets_are, hosts => {
     }
 });
 
+each_mtu!(datagrams, hosts => {
+    if have("ibv_ud_pingpong") {
+        // A datagram is as long as the link's packets allow.
+        pingpong(&hosts, "ibv_ud_pingpong", &["-s", "1024"]);
+        pingpong(&hosts, "ibv_ud_pingpong", &["-s", "1", "-e"]);
+    }
+    ways(&hosts, "ib_send_lat", &["-c UD -s 64 -n 500", "-c UD -s 1024 -n 500", "-c UD -e -s 64 -n 300", "-c UD -I 64 -s 64 -n 300"]);
+    // No more than the receiver has room for from the beginning: nothing holds a sender back.
+    ways(&hosts, "ib_send_bw", &["-c UD -s 64 -n 400 -r 512 -N", "-c UD -s 1024 -n 400 -r 512 -N"]);
+});
+
+#[test]
+fn the_port_is_as_wide_as_the_link() {
+    if !have("ibv_devinfo") {
+        return;
+    }
+    for (mtu, active, status) in [(1500, "1024 (3)", 1024), (9000, "4096 (5)", 4096)] {
+        let Some(hosts) = hosts("the_port_is_as_wide_as_the_link", mtu) else {
+            return;
+        };
+        let said = hosts.bed(0).endpoint().run("ibv_devinfo", &[]).unwrap();
+        let line = said.stdout.lines().find(|l| l.contains("active_mtu:"));
+        assert!(line.is_some_and(|l| l.ends_with(active)), "{said}");
+        assert_eq!(hosts.bed(0).status().unwrap()["fabric"]["mtu"], status);
+    }
+}
+
+#[test]
+fn the_status_tells_the_path() {
+    let test = "the_status_tells_the_path";
+    if !have("ib_write_bw") {
+        return;
+    }
+    let Some(hosts) = hosts(test, 1500) else {
+        return;
+    };
+    let args = ["-q", "3", "-D", "1000", "-s", "4096"];
+    let (server, client) = hosts.start("ib_write_bw", &args).unwrap();
+    let sent = |status: &serde_json::Value| status["fabric"]["sent_packets"].as_u64() > Some(1000);
+    for (host, other) in [(0, 1), (1, 0)] {
+        let bed = hosts.bed(host);
+        bed.wait_for_status(sent, DEADLINE).unwrap();
+        let status = bed.status().unwrap();
+        let paths = &status["endpoints"][0]["sessions"][0]["paths"];
+        let wanted = serde_json::json!([{ "host": Hosts::ADDRESSES[other], "qps": 3 }]);
+        assert_eq!(*paths, wanted, "{status:#}");
+        assert_eq!(status["fabric"]["address"], Hosts::ADDRESSES[host]);
+        assert_eq!(
+            status["fabric"]["hosts"],
+            serde_json::json!([Hosts::ADDRESSES[other]])
+        );
+        let text = bed.call(&["status"]).unwrap().success().unwrap().stdout;
+        let path = format!("RoCEv2 to {}", Hosts::ADDRESSES[other]);
+        assert!(text.contains(&path), "{text}");
+        assert!(
+            text.contains(&format!("underlay: {}", Hosts::ADDRESSES[host])),
+            "{text}"
+        );
+    }
+    drop((server, client));
+    // On one host it is shared memory.
+    let bed = hosts.bed(0);
+    let port = freeflow_tests::free_port().to_string();
+    let args = ["-g", "0", "-n", "100000000", "-p", &port];
+    let address = Hosts::ADDRESSES[0];
+    let mut server = bed.endpoint().start("ibv_rc_pingpong", &args).unwrap();
+    assert!(freeflow_tests::wait_for_listener_with(
+        &mut server,
+        port.parse().unwrap(),
+        DEADLINE
+    ));
+    let _client = bed
+        .endpoint()
+        .start("ibv_rc_pingpong", &[&args[..], &[address]].concat())
+        .unwrap();
+    let local = |status: &serde_json::Value| {
+        let all = status["endpoints"].as_array();
+        all.is_some_and(|all| {
+            all.len() == 2
+                && all.iter().all(|e| {
+                    let paths = &e["sessions"][0]["paths"];
+                    *paths == serde_json::json!([{ "host": null, "qps": 1 }])
+                })
+        })
+    };
+    bed.wait_for_status(local, DEADLINE).unwrap();
+}
+
 fn suite(hosts: &Hosts, host: usize, args: &[&str]) -> Running {
     let program = dist().join("bin/ff-conform");
     let endpoint = hosts.bed(host).endpoint();

@@ -16,5 +16,6 @@ pub use control::{
 pub use freeflow_policy::{Resource, Setting};
 pub use runtime::RuntimeDir;
 pub use status::{
-    Counters, EndedSession, EndpointStatus, QuotaStatus, RouterStatus, SessionStatus,
+    Counters, EndedSession, EndpointStatus, FabricStatus, PathStatus, QuotaStatus, RouterStatus,
+    SessionStatus,
 };

@@ -1,5 +1,6 @@
 //! What a router says about itself.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -17,6 +18,9 @@ pub struct RouterStatus {
     pub uptime_ms: u64,
     /// How its threads that handle clients' input are confined.
     pub sandbox: String,
+    /// The network between hosts, if this one takes part.
+    #[serde(default)]
+    pub fabric: Option<FabricStatus>,
     /// Endpoints, by name.
     pub endpoints: Vec<EndpointStatus>,
     /// The sessions that ended last, oldest first.
@@ -72,6 +76,9 @@ pub struct SessionStatus {
     pub cqs: u32,
     /// Queue pairs.
     pub qps: u32,
+    /// How its connected queue pairs reach their peers.
+    #[serde(default)]
+    pub paths: Vec<PathStatus>,
     /// Shared receive queues.
     pub srqs: u32,
     /// Memory regions.
@@ -84,6 +91,49 @@ pub struct SessionStatus {
     pub shared_bytes: u64,
     /// Milliseconds since it connected.
     pub connected_for_ms: u64,
+}
+
+/// How connected queue pairs reach their peers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PathStatus {
+    /// The peers' host, over RoCEv2; none if it is this one, over shared memory.
+    pub host: Option<IpAddr>,
+    /// Queue pairs.
+    pub qps: u32,
+}
+
+impl std::fmt::Display for PathStatus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.host {
+            Some(host) => write!(f, "RoCEv2 to {host}"),
+            None => f.write_str("shared memory"),
+        }
+    }
+}
+
+/// The network between hosts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FabricStatus {
+    /// This host's address.
+    pub address: IpAddr,
+    /// MTU of the endpoints' devices, in bytes of a packet's data.
+    pub mtu: u32,
+    /// The other hosts.
+    pub hosts: Vec<IpAddr>,
+    /// Packets sent.
+    pub sent_packets: u64,
+    /// Their bytes, without IP and UDP headers.
+    pub sent_bytes: u64,
+    /// Packets received whose CRC and headers are right.
+    pub received_packets: u64,
+    /// Their bytes, without IP and UDP headers.
+    pub received_bytes: u64,
+    /// Of the packets received, those that met a full queue (ECN).
+    pub congested: u64,
+    /// How often the socket was full when packets were to be sent.
+    pub blocked: u64,
+    /// Packets dropped, by reason.
+    pub drops: BTreeMap<String, u64>,
 }
 
 /// What an endpoint has done since it was created.

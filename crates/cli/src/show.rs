@@ -4,8 +4,8 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use freeflow_api::{
-    ControlAnswer, EndpointStatus, NewEndpoint, Operation, QuotaStatus, Resource, RouterStatus,
-    RuntimeDir,
+    ControlAnswer, EndpointStatus, FabricStatus, NewEndpoint, Operation, QuotaStatus, Resource,
+    RouterStatus, RuntimeDir, SessionStatus,
 };
 
 use crate::client::{Client, unexpected};
@@ -29,6 +29,9 @@ fn print_status(dir: &RuntimeDir, status: &RouterStatus) {
         status.uptime_ms / 1000
     );
     println!("sandbox: {}", status.sandbox);
+    if let Some(fabric) = &status.fabric {
+        print_fabric(fabric);
+    }
     print_endpoints(&status.endpoints);
     let sessions: Vec<_> = status
         .endpoints
@@ -57,11 +60,7 @@ fn print_status(dir: &RuntimeDir, status: &RouterStatus) {
                 &s.mrs.to_string(),
                 &bytes(s.registered_bytes),
                 &bytes(s.foreign_bytes),
-                if s.foreign_bytes == 0 {
-                    "shared memory"
-                } else {
-                    "copied in part"
-                },
+                &path(s),
             ]));
         }
         println!();
@@ -72,6 +71,38 @@ fn print_status(dir: &RuntimeDir, status: &RouterStatus) {
         for ended in status.ended_sessions.iter().rev().take(5) {
             println!("  {} (pid {}): {}", ended.endpoint, ended.pid, ended.reason);
         }
+    }
+}
+
+/// How a session's traffic goes.
+fn path(session: &SessionStatus) -> String {
+    let paths = session.paths.iter().map(ToString::to_string);
+    let mut paths: Vec<_> = paths.collect();
+    if paths.is_empty() {
+        paths.push("not connected".to_owned());
+    }
+    let mut path = paths.join(", ");
+    if session.foreign_bytes != 0 {
+        path.push_str(" (copied in part)");
+    }
+    path
+}
+
+fn print_fabric(fabric: &FabricStatus) {
+    println!(
+        "underlay: {} (MTU {}), {} other hosts; sent {} packets ({}), received {} ({})",
+        fabric.address,
+        fabric.mtu,
+        fabric.hosts.len(),
+        fabric.sent_packets,
+        bytes(fabric.sent_bytes),
+        fabric.received_packets,
+        bytes(fabric.received_bytes),
+    );
+    let drops = fabric.drops.iter().filter(|&(_, &n)| n != 0);
+    let drops: Vec<_> = drops.map(|(why, n)| format!("{why} {n}")).collect();
+    if !drops.is_empty() {
+        println!("dropped packets: {}", drops.join(", "));
     }
 }
 

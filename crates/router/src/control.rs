@@ -10,7 +10,7 @@ use freeflow_session::{
 };
 use freeflow_shm::{CqRing, QpGeometry, Region, event_pair};
 use freeflow_transport::{ModifyLimits, Qp};
-use freeflow_types::{Mtu, QpAttr, QpAttrMask, QpCap, QpState, QpType, Qpn};
+use freeflow_types::{QpAttr, QpAttrMask, QpCap, QpState, QpType, Qpn};
 use rustix::io::Errno;
 
 use crate::engine::Engine;
@@ -208,6 +208,7 @@ impl Engine {
             limits: endpoint.limits(&self.limits),
             endpoint: endpoint.name.clone(),
             page_size: crate::memory::page_size(),
+            mtu: self.network.mtu(),
         };
         let len = bytes_of_words(freeflow_shm::DirtyMap::WORDS);
         let region = RingLocation {
@@ -573,6 +574,7 @@ impl Engine {
             path: None,
             current: None,
             remote: None,
+            datagrams: None,
             under_way: 0,
             taken: None,
             waiting: Waiting::No,
@@ -641,7 +643,7 @@ impl Engine {
     pub(crate) fn apply_modify(&mut self, qp: Handle, attr: &QpAttr, mask: QpAttrMask) -> Outcome {
         let limits = ModifyLimits {
             max_rd_atomic: self.limits.max_rd_atomic,
-            active_mtu: Mtu::B4096,
+            active_mtu: self.network.mtu(),
             gids: 1,
         };
         let q = self.qps.get_mut(qp).ok_or(Errno::INVAL)?;
@@ -657,6 +659,7 @@ impl Engine {
             QpState::Reset => {
                 q.current = None;
                 q.remote = None;
+                q.datagrams = None;
                 q.under_way = 0;
                 q.taken = None;
                 q.established = false;

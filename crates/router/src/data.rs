@@ -32,6 +32,7 @@ pub(crate) enum Fault {
 }
 
 /// Where bytes come from.
+#[derive(Clone, Copy)]
 pub(crate) enum Source<'a> {
     Spans(&'a [Span]),
     Bytes(&'a [u8]),

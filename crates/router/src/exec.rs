@@ -50,6 +50,9 @@ impl Engine {
         if q.remote.is_some() {
             return self.remote_step(qp);
         }
+        if q.qp_type == QpType::Ud && self.network.waits_for_room(qp) {
+            return Step::Nothing;
+        }
         match q.transport.state() {
             QpState::Rts => {}
             QpState::Sqd if q.current.is_some() => {}
@@ -130,7 +133,10 @@ impl Engine {
         let q = self.qps.get(qp).ok_or(Outcome::LocalQpOperation)?;
         let (pd, qp_type) = (q.pd, q.qp_type);
         let opcode = request.opcode.ok_or(Outcome::LocalQpOperation)?;
-        let mtu = q.transport.attr().path_mtu;
+        let mtu = match qp_type {
+            QpType::Ud => self.network.mtu(),
+            _ => q.transport.attr().path_mtu,
+        };
         let (n, cap) = (request.entry.num_sge.into(), &q.transport.attr().cap);
         check_send(qp_type, cap, opcode, request.flags, n, request.len, mtu)
             .map_err(PostError::outcome)?;

@@ -1,6 +1,6 @@
 //! Which host has an endpoint: the map that routers carry traffic by.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use freeflow_types::{Gid, VirtualIp};
@@ -23,10 +23,17 @@ pub struct HostsError {
 /// The hosts of endpoints: of single addresses or of whole networks, the longest prefix first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hosts {
-    by_prefix: HashMap<(String, u8, u128), IpAddr>,
+    tenants: HashMap<String, Tenant>,
     /// Lengths of prefixes that there are.
     lengths: BTreeSet<u8>,
-    routers: HashSet<IpAddr>,
+    routers: BTreeSet<IpAddr>,
+}
+
+/// Where a tenant's endpoints are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Tenant {
+    by_prefix: HashMap<(u8, u128), IpAddr>,
+    routers: BTreeSet<IpAddr>,
 }
 
 impl Hosts {
@@ -67,24 +74,24 @@ impl Hosts {
         };
         let gid = Gid::from(VirtualIp(address));
         self.lengths.insert(bits);
-        let key = (tenant.to_owned(), bits, masked(gid, bits));
-        self.by_prefix.insert(key, host);
+        let tenant = self.tenants.entry(tenant.to_owned()).or_default();
+        tenant.by_prefix.insert((bits, masked(gid, bits)), host);
+        tenant.routers.insert(host);
         self.routers.insert(host);
         Some(())
     }
 
     /// The host that has an endpoint of a tenant.
     pub(crate) fn find(&self, tenant: &str, gid: Gid) -> Option<IpAddr> {
-        self.lengths.iter().rev().find_map(|&bits| {
-            let key = (tenant.to_owned(), bits, masked(gid, bits));
-            self.by_prefix.get(&key).copied()
-        })
+        let by_prefix = &self.tenants.get(tenant)?.by_prefix;
+        let mut longest_first = self.lengths.iter().rev();
+        longest_first.find_map(|&bits| by_prefix.get(&(bits, masked(gid, bits))).copied())
     }
 
-    /// Forgets what a host has: nobody has it then.
-    pub(crate) fn remove(&mut self, host: IpAddr) {
-        self.by_prefix.retain(|_, h| *h != host);
-        self.routers.remove(&host);
+    /// The hosts that may have endpoints of a tenant.
+    pub(crate) fn of_tenant(&self, tenant: &str) -> impl Iterator<Item = IpAddr> {
+        let tenant = self.tenants.get(tenant);
+        tenant.into_iter().flat_map(|t| t.routers.iter().copied())
     }
 
     /// The hosts there are.
@@ -129,6 +136,9 @@ mod tests {
         assert_eq!(find("default", "10.78.0.1"), None);
         assert_eq!(find("nobody", "10.77.2.9"), None);
         assert_eq!(hosts.routers().count(), 6);
+        let of = |hosts: &Hosts, tenant: &str| hosts.of_tenant(tenant).count();
+        assert_eq!(of(&hosts, "default"), 3);
+        assert_eq!((of(&hosts, "all"), of(&hosts, "nobody")), (1, 0));
     }
 
     #[test]

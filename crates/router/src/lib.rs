@@ -14,6 +14,7 @@ mod connections;
 mod control;
 mod copier;
 mod data;
+mod datagram;
 mod engine;
 mod events;
 mod exec;
@@ -455,14 +456,16 @@ impl Router {
 
     /// Everything there is to know.
     pub fn status(&self) -> RouterStatus {
-        let (endpoints, ended_sessions) = self
-            .shared
-            .with(|e| (e.status(), e.ended.iter().cloned().collect()));
+        let (endpoints, ended_sessions, fabric) = self.shared.with(|e| {
+            let ended = e.ended.iter().cloned().collect();
+            (e.status(), ended, e.network.status())
+        });
         RouterStatus {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_ms: self.shared.start.elapsed().as_millis() as u64,
             sandbox: self.shared.confinement(),
+            fabric,
             endpoints,
             ended_sessions,
         }

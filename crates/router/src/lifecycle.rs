@@ -1,6 +1,7 @@
 //! Endpoints and sessions: how they begin and end.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,7 +15,7 @@ use crate::copier::Patience;
 use crate::engine::Engine;
 use crate::held::Held;
 use crate::memory::Areas;
-use crate::objects::{Counts, Endpoint, Peer, Session, Watched, bytes_of_words};
+use crate::objects::{Counts, Endpoint, Peer, Session, Slot, Watched, bytes_of_words};
 use crate::posted::Posted;
 use crate::quota::Allowance;
 use crate::{EndReason, EndpointSpec, RouterError};
@@ -218,7 +219,10 @@ impl Engine {
                     .sessions
                     .of(handle)
                     .into_iter()
-                    .filter_map(|session| Some(self.sessions.get(session)?.status()))
+                    .filter_map(|session| {
+                        let paths = self.paths(session);
+                        Some(self.sessions.get(session)?.status(paths))
+                    })
                     .collect(),
                 counters: e.counters.clone(),
                 quota: e.quota_status(),
@@ -227,10 +231,26 @@ impl Engine {
         all.sort_by(|a, b| a.name.cmp(&b.name));
         all
     }
+
+    /// How a session's connected queue pairs reach their peers.
+    fn paths(&self, session: Handle) -> Vec<freeflow_api::PathStatus> {
+        let slots = self.sessions.get(session).map(|s| s.slots.iter());
+        let mut by_host = BTreeMap::<Option<IpAddr>, u32>::new();
+        for slot in slots.into_iter().flatten().flatten() {
+            let &Slot::Qp(qp) = slot else { continue };
+            let Some(q) = self.qps.get(qp) else { continue };
+            if q.qp_type.is_connected() && q.transport.may_receive() {
+                let host = q.remote.as_ref().map(|remote| remote.host());
+                *by_host.entry(host).or_default() += 1;
+            }
+        }
+        let path = |(host, qps)| freeflow_api::PathStatus { host, qps };
+        by_host.into_iter().map(path).collect()
+    }
 }
 
 impl Session {
-    fn status(&self) -> freeflow_api::SessionStatus {
+    fn status(&self, paths: Vec<freeflow_api::PathStatus>) -> freeflow_api::SessionStatus {
         let (posted, posted_bytes) = self.posted.as_ref().map_or((0, 0), Posted::weight);
         freeflow_api::SessionStatus {
             pid: self.peer.pid,
@@ -239,6 +259,7 @@ impl Session {
             pds: self.counts.pds,
             cqs: self.counts.cqs,
             qps: self.counts.qps,
+            paths,
             srqs: self.counts.srqs,
             mrs: self.counts.mrs + posted,
             registered_bytes: self.counts.registered.saturating_add(posted_bytes),

@@ -10,7 +10,7 @@ use freeflow_session::Handle;
 use freeflow_shm::{
     AtomicU64, CqRing, DirtyMap, Doorbell, MAX_SLOTS, QpGeometry, QpRings, Region, Sge,
 };
-use freeflow_transport::Qp;
+use freeflow_transport::{Datagrams, Qp};
 use freeflow_types::{Access, Gid, Key, QpType, Qpn, TenantId, VirtualIp};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
@@ -367,6 +367,8 @@ pub(crate) struct QpObject {
     pub(crate) current: Option<Box<Current>>,
     /// Its connection, if the peer is on another host.
     pub(crate) remote: Option<Box<Remote>>,
+    /// Of a datagram queue pair, what numbers its packets to other hosts.
+    pub(crate) datagrams: Option<Datagrams>,
     /// Requests that are on their way to another host.
     pub(crate) under_way: usize,
     /// A receive request of this QP that the peer's current message has begun to fill.

@@ -1,20 +1,22 @@
 //! Queue pairs whose peers are on other hosts: the transport's requester and responder decide what
 //! goes over the wire, and this executes it against rings and memory.
 
+mod datagrams;
 mod requests;
 mod responses;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 
+use freeflow_api::FabricStatus;
 use freeflow_fabric_udp::{
     Datagrams, Ecn, Fabric, Link, Progress, PushError, To, Udp, UdpOptions, largest_payload,
     path_mtu,
 };
 use freeflow_session::Handle;
 use freeflow_transport::{Connection, MAX_SEGMENT, Requester, RequesterEvent, Responder};
-use freeflow_types::{QpState, QpType};
+use freeflow_types::{Gid, Mtu, QpState, QpType};
 use freeflow_wire::Headers;
 use rustix::event::epoll::{self, EventData, EventFlags};
 
@@ -76,6 +78,11 @@ pub(crate) struct Remote {
 }
 
 impl Remote {
+    /// The peer's host.
+    pub(crate) fn host(&self) -> IpAddr {
+        self.host
+    }
+
     /// Forgets what is on its way: the queue pair flushes it.
     fn forget(&mut self) {
         self.requester = None;
@@ -105,6 +112,10 @@ pub(crate) struct Drops {
     pub(crate) not_receiving: u64,
     /// Nothing that the connection has a use for: late, repeated, or out of its order.
     pub(crate) useless: u64,
+    /// A datagram without the addresses of endpoints in front of its data.
+    pub(crate) no_address: u64,
+    /// A datagram that nobody whom it is for takes: no receive request, another Q_Key.
+    pub(crate) not_taken: u64,
 }
 
 /// The way to other hosts.
@@ -116,6 +127,8 @@ pub(crate) struct Network {
     /// Whether the sockets are looked at in each round.
     hot: bool,
     last_active: u64,
+    /// Whether the sockets have no room.
+    full: bool,
     /// Queue pairs that wait until the sockets have room.
     blocked: Vec<Handle>,
     spare: Vec<Request>,
@@ -138,6 +151,59 @@ impl Network {
         self.fabric.as_ref()?.next_timeout()
     }
 
+    /// The MTU of the virtual devices' port: each packet of so much data goes to every host.
+    pub(crate) fn mtu(&self) -> Mtu {
+        self.map.mtu
+    }
+
+    /// Whether a queue pair must wait until the sockets have room; it is told when they have.
+    pub(crate) fn waits_for_room(&mut self, qp: Handle) -> bool {
+        if self.full {
+            self.blocked.push(qp);
+        }
+        self.full
+    }
+
+    /// The host that has an endpoint of a tenant, if it is another one.
+    fn find(&self, tenant: &str, gid: Gid) -> Option<IpAddr> {
+        self.fabric.as_ref()?;
+        self.map.find(tenant, gid)
+    }
+
+    /// What there is to know, if there is a network.
+    pub(crate) fn status(&self) -> Option<FabricStatus> {
+        let fabric = self.fabric.as_ref()?;
+        let (received, sent, drops) = (fabric.received(), fabric.sent(), &self.drops);
+        let named = [
+            ("unknown_qp", drops.unknown_qp),
+            ("wrong_host", drops.wrong_host),
+            ("not_receiving", drops.not_receiving),
+            ("useless", drops.useless),
+            ("no_address", drops.no_address),
+            ("not_taken", drops.not_taken),
+            ("bad_icrc", received.bad_icrc),
+            ("truncated", received.truncated),
+            ("version", received.version),
+            ("opcode", received.opcode),
+            ("length", received.length),
+            ("overflow", fabric.overflows()),
+            ("too_big", sent.too_big),
+            ("unreachable", sent.unreachable),
+        ];
+        Some(FabricStatus {
+            address: fabric.local(),
+            mtu: self.map.mtu.bytes(),
+            hosts: self.map.segments.keys().copied().collect(),
+            sent_packets: sent.packets,
+            sent_bytes: sent.bytes,
+            received_packets: received.packets,
+            received_bytes: received.bytes,
+            congested: received.congested,
+            blocked: sent.blocked,
+            drops: named.map(|(why, n)| (why.to_owned(), n)).into(),
+        })
+    }
+
     /// Puts a map in place of the one that there was.
     pub(crate) fn set_map(&mut self, map: Map) {
         self.map = map;
@@ -145,25 +211,68 @@ impl Network {
 }
 
 /// The hosts of endpoints, with the longest payload of a packet to each.
-#[derive(Default)]
 pub(crate) struct Map {
     hosts: Hosts,
-    segments: HashMap<IpAddr, u32>,
+    local: Option<IpAddr>,
+    segments: BTreeMap<IpAddr, u32>,
+    mtu: Mtu,
+}
+
+impl Default for Map {
+    fn default() -> Self {
+        Map {
+            hosts: Hosts::default(),
+            local: None,
+            segments: BTreeMap::new(),
+            mtu: Mtu::B4096,
+        }
+    }
 }
 
 impl Map {
     /// Looks up the path to each host; `local` is this host's address.
-    pub(crate) fn new(mut hosts: Hosts, local: IpAddr) -> Self {
-        hosts.remove(local);
+    pub(crate) fn new(hosts: Hosts, local: IpAddr) -> Self {
         let segment = |host| {
             // A host that cannot be reached now may be so later, on a path like most.
             let mtu = path_mtu(local, host).unwrap_or(ETHERNET_MTU);
             let fits = largest_payload(mtu, host).min(MAX_SEGMENT as usize);
             u32::try_from(fits).unwrap_or(MAX_SEGMENT)
         };
-        let segments = hosts.routers().map(|host| (host, segment(host))).collect();
-        Map { hosts, segments }
+        let others = hosts.routers().filter(|&host| host != local);
+        let segments: BTreeMap<_, _> = others.map(|host| (host, segment(host))).collect();
+        let least = segments.values().copied().min();
+        let mtu = least.map_or(Mtu::B4096, largest_mtu);
+        Map {
+            hosts,
+            local: Some(local),
+            segments,
+            mtu,
+        }
     }
+
+    fn find(&self, tenant: &str, gid: Gid) -> Option<IpAddr> {
+        let found = self.hosts.find(tenant, gid);
+        found.filter(|&host| Some(host) != self.local)
+    }
+
+    /// The other hosts that may have endpoints of a tenant.
+    fn others(&self, tenant: &str) -> impl Iterator<Item = IpAddr> {
+        let all = self.hosts.of_tenant(tenant);
+        all.filter(|&host| Some(host) != self.local)
+    }
+
+    /// Whether a packet takes so many bytes to a host.
+    fn carries(&self, host: IpAddr, payload: usize) -> bool {
+        let segment = self.segments.get(&host);
+        segment.is_some_and(|&segment| payload <= segment as usize)
+    }
+}
+
+/// The largest MTU whose packets fit.
+fn largest_mtu(segment: u32) -> Mtu {
+    let all = [Mtu::B4096, Mtu::B2048, Mtu::B1024, Mtu::B512];
+    let fits = all.into_iter().find(|mtu| mtu.bytes() <= segment);
+    fits.unwrap_or(Mtu::B256)
 }
 
 /// The sockets of an address of this host.
@@ -197,8 +306,8 @@ impl Engine {
         let here = self.by_gid.contains_key(&(e.tenant, attr.av.dgid));
         let host = match &q.remote {
             Some(remote) => Some(remote.host),
-            None if here || self.network.fabric.is_none() => None,
-            None => self.network.map.hosts.find(&e.tenant_name, attr.av.dgid),
+            None if here => None,
+            None => self.network.find(&e.tenant_name, attr.av.dgid),
         };
         let Some(host) = host else { return };
         let mut connection = Connection::new(qp_type, attr);
@@ -246,11 +355,12 @@ impl Engine {
     /// Sends what waits to be sent.
     pub(crate) fn flush_network(&mut self) {
         let now = self.now;
-        let Some(fabric) = self.network.fabric.as_mut().filter(|f| f.has_unsent()) else {
+        let Some(fabric) = self.network.fabric.as_mut() else {
             return;
         };
         // An error of the socket itself is as good as loss: the transport tries again.
-        if fabric.flush(now).is_ok_and(|p| p == Progress::Done) {
+        self.network.full = matches!(fabric.flush(now), Ok(Progress::Blocked));
+        if !self.network.full {
             for qp in std::mem::take(&mut self.network.blocked) {
                 self.make_ready(qp);
             }
@@ -341,13 +451,7 @@ impl Engine {
     ) -> Result<(), Unreadable> {
         let len = bytes.len();
         for _ in 0..2 {
-            let pushed = fabric.push(to, headers, len, |room| match bytes {
-                Payload::Spans(spans, _) => self.gather(spans, room).ok_or(Unreadable),
-                Payload::Bytes(bytes) => {
-                    room.copy_from_slice(bytes);
-                    Ok(())
-                }
-            });
+            let pushed = fabric.push(to, headers, len, |room| self.fill(bytes, room));
             match pushed {
                 Err(PushError::Full) => {
                     let _ = fabric.flush(self.now);
@@ -358,6 +462,21 @@ impl Engine {
         }
         Ok(())
     }
+
+    fn fill(&mut self, payload: Payload<'_>, room: &mut [u8]) -> Result<(), Unreadable> {
+        match payload {
+            Payload::Spans(spans, _) => self.gather(spans, room).ok_or(Unreadable),
+            Payload::Bytes(bytes) => {
+                room.copy_from_slice(bytes);
+                Ok(())
+            }
+            Payload::Behind(head, rest) => {
+                let (front, back) = room.split_at_mut_checked(head.len()).ok_or(Unreadable)?;
+                front.copy_from_slice(head);
+                self.fill(*rest, back)
+            }
+        }
+    }
 }
 
 /// What a packet carries.
@@ -365,6 +484,8 @@ impl Engine {
 enum Payload<'a> {
     Spans(&'a [Span], usize),
     Bytes(&'a [u8]),
+    /// Bytes, and what comes behind them.
+    Behind(&'a [u8], &'a Payload<'a>),
 }
 
 impl Payload<'_> {
@@ -372,6 +493,7 @@ impl Payload<'_> {
         match self {
             Payload::Spans(_, len) => *len,
             Payload::Bytes(bytes) => bytes.len(),
+            Payload::Behind(head, rest) => head.len() + rest.len(),
         }
     }
 }

@@ -337,6 +337,7 @@ impl Engine {
             path: None,
             current: None,
             remote: None,
+            datagrams: None,
             under_way: 0,
             taken: None,
             waiting: Waiting::No,

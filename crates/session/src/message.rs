@@ -1,6 +1,6 @@
 //! The messages.
 
-use freeflow_types::{DeviceLimits, Gid, QpAttr, QpAttrMask, QpCap, QpType, Qpn};
+use freeflow_types::{DeviceLimits, Gid, Mtu, QpAttr, QpAttrMask, QpCap, QpType, Qpn};
 use serde::{Deserialize, Serialize};
 
 use crate::memory::{
@@ -266,6 +266,8 @@ pub struct DeviceInfo {
     pub endpoint: String,
     /// Bytes of the router's pages of shared memory.
     pub page_size: u64,
+    /// The port's MTU: what the network between hosts carries.
+    pub mtu: Mtu,
 }
 
 /// Answer to [`Request::Hello`]. Descriptors: the doorbell (an eventfd), then the slab that

@@ -94,7 +94,7 @@ fn port_attr(info: &DeviceInfo) -> ibv_port_attr {
     ibv_port_attr {
         state: IBV_PORT_ACTIVE,
         max_mtu: Mtu::B4096.raw(),
-        active_mtu: Mtu::B4096.raw(),
+        active_mtu: info.mtu.raw(),
         gid_tbl_len: info.gids.len() as c_int,
         max_msg_sz: freeflow_client::MAX_MESSAGE as u32,
         pkey_tbl_len: 1,

@@ -5,7 +5,7 @@ use freeflow_session::Handle;
 use freeflow_shm::SendEntry;
 use freeflow_transport::{Action, Execution, MessageEnd, Nak, Outcome, Refusal, Reply, Verdict};
 use freeflow_types::{Access, Opcode, QpState, QpType, SendFlags};
-use freeflow_wire::Headers;
+use freeflow_wire::{Headers, Service};
 
 use crate::data::{Atomic, Source, Span};
 use crate::engine::{Engine, TURN_BYTES};
@@ -18,6 +18,9 @@ impl Engine {
     /// A packet has come. Its CRC is right, and nothing else is certain.
     pub(super) fn on_packet(&mut self, packet: &Received<'_>) {
         let (headers, now) = (&packet.headers, self.now);
+        if headers.bth.opcode.service() == Service::Ud {
+            return self.on_datagram(packet);
+        }
         let Some(&qp) = self.by_qpn.get(&headers.bth.dest_qp) else {
             self.network.drops.unknown_qp += 1;
             return;
