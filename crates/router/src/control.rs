@@ -697,7 +697,10 @@ impl Engine {
             let _ = self.detach_mcast(qp, gid);
         }
         self.cancel_timer(qp);
-        let Some(q) = self.qps.remove(qp) else { return };
+        let Some(mut q) = self.qps.remove(qp) else {
+            return;
+        };
+        self.depart(q.qpn.get(), q.qp_type.is_reliable(), q.remote.take());
         if let Some(ticket) = q.ticket {
             self.give_back(ticket);
         }

@@ -2,6 +2,7 @@
 //! goes over the wire, and this executes it against rings and memory.
 
 mod datagrams;
+mod departed;
 mod requests;
 mod responses;
 
@@ -132,6 +133,7 @@ pub(crate) struct Network {
     /// Queue pairs that wait until the sockets have room.
     blocked: Vec<Handle>,
     spare: Vec<Request>,
+    departed: departed::Departed,
     pub(crate) drops: Drops,
 }
 
@@ -383,7 +385,7 @@ impl Engine {
         }
         for datagram in batch.iter() {
             if let Some(packet) = fabric.check(datagram) {
-                self.on_packet(&packet);
+                self.on_packet(&packet, &mut fabric);
             }
         }
         self.end_uses();

@@ -16,13 +16,15 @@ use crate::remote::{
 
 impl Engine {
     /// A packet has come. Its CRC is right, and nothing else is certain.
-    pub(super) fn on_packet(&mut self, packet: &Received<'_>) {
+    pub(super) fn on_packet(&mut self, packet: &Received<'_>, fabric: &mut RoceFabric) {
         let (headers, now) = (&packet.headers, self.now);
         if headers.bth.opcode.service() == Service::Ud {
             return self.on_datagram(packet);
         }
         let Some(&qp) = self.by_qpn.get(&headers.bth.dest_qp) else {
-            self.network.drops.unknown_qp += 1;
+            if !self.on_late_packet(packet, fabric) {
+                self.network.drops.unknown_qp += 1;
+            }
             return;
         };
         let Some(q) = self.qps.get_mut(qp) else {
