@@ -191,6 +191,9 @@ fn ip(gid: Gid) -> [u8; 4] {
     ip
 }
 
+/// Who sends what, why that is dropped, and how many drops there are.
+type Said<'a> = ((&'a str, u16), &'a str, u64, Vec<Vec<u8>>);
+
 #[test]
 fn what_nobody_sent_is_dropped_and_counted() {
     const QKEY: u32 = 0x1111;
@@ -237,7 +240,7 @@ fn what_nobody_sent_is_dropped_and_counted() {
     let forged = [grh([10, 99, 0, 1], own), b"hello".to_vec()].concat();
     let ourselves = [grh(own, own), b"hello".to_vec()].concat();
     let elsewhere = [grh(peer, [10, 81, 99, 99]), b"hello".to_vec()].concat();
-    let said: &[((&str, u16), &str, u64, Vec<Vec<u8>>)] = &[
+    let said: &[Said<'_>] = &[
         (
             owner,
             "bad_icrc",

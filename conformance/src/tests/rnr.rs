@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use freeflow_abi::*;
 
-use crate::suite::{Env, Op, Outcome, Pair, Side, Spec, check, same, tests};
+use crate::suite::{Env, LONG, Op, Outcome, Pair, Side, Spec, check, same, tests};
 
 tests! { "rnr";
     no_retry Anywhere "ibv_modify_qp(3): rnr_retry 0";
@@ -122,8 +122,16 @@ fn unreliable_loses_in_silence(env: &Env) -> Outcome {
     let mut pair = Pair::new(env, &Spec::uc())?;
     pair.succeed(pair.request(Op::SEND, 1, 0, 8))?;
     pair.succeed(pair.request(Op::WRITE_IMM, 2, 0, 8))?;
+    // They are sent, which is not to say that they have arrived: what was sent after them tells.
+    let mark = [0x5A; 8];
+    pair.near.put(128, &mark)?;
+    pair.succeed(pair.request(Op::WRITE, 3, 128, 8))?;
+    let end = Instant::now() + LONG;
+    while pair.far.get(128, 8)? != mark {
+        check!(Instant::now() < end, "the WRITE after them does not arrive");
+    }
     pair.far_recv(7, 0, 64)?;
-    pair.succeed(pair.request(Op::SEND, 3, 0, 13))?;
+    pair.succeed(pair.request(Op::SEND, 4, 0, 13))?;
     let got = pair.far.one(Side::Recv)?;
     same!((got.wr_id, got.byte_len), (7, 13), "the message that had a receive");
     Ok(())
