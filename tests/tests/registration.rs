@@ -98,6 +98,7 @@ fn a_session_has_as_many_regions_as_it_may() {
         tenant: "t".to_owned(),
         ip: VirtualIp("10.79.0.1".parse().unwrap()),
         socket: socket.clone(),
+        underlay_gid: false,
     };
     let router = router.unwrap();
     router.add_endpoint(endpoint).unwrap();

@@ -68,6 +68,9 @@ pub struct NewEndpoint {
     /// Limits other than the usual ones.
     #[serde(default)]
     pub quota: Vec<Setting>,
+    /// Whether its device has the router's underlay address as a second GID.
+    #[serde(default)]
+    pub underlay_gid: bool,
 }
 
 /// The answer to a request.
@@ -82,6 +85,9 @@ pub enum ControlAnswer {
         name: String,
         /// Virtual IP.
         ip: IpAddr,
+        /// The router's underlay address, if it is the device's second GID.
+        #[serde(default)]
+        underlay: Option<IpAddr>,
         /// Where its sessions are opened.
         socket: PathBuf,
     },

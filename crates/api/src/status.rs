@@ -38,6 +38,9 @@ pub struct EndpointStatus {
     pub ip: IpAddr,
     /// GID of its device.
     pub gid: String,
+    /// Second GID of its device, by which hosts without FreeFlow are reached.
+    #[serde(default)]
+    pub underlay_gid: Option<String>,
     /// Its socket.
     pub socket: PathBuf,
     /// Processes connected to it.

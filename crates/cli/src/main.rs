@@ -162,6 +162,10 @@ struct RunArgs {
     /// more are delayed). K, M, G and T are powers of 1024; "none" is no limit
     #[arg(long, value_name = "NAME=LIMIT", value_delimiter = ',')]
     quota: Vec<Setting>,
+    /// Give the device a second GID, the router's underlay address: queue pairs that use it (GID
+    /// index 1) reach any host that speaks RoCEv2, FreeFlow's or not
+    #[arg(long)]
+    underlay_gid: bool,
     /// The program's network: the host's, or one of its own
     #[arg(long, value_enum, default_value_t = Network::Host)]
     network: Network,
@@ -202,6 +206,10 @@ enum EndpointCommand {
         /// Limits, as for `freeflow run`
         #[arg(long, value_name = "NAME=LIMIT", value_delimiter = ',')]
         quota: Vec<Setting>,
+        /// Give the device a second GID, the router's underlay address: queue pairs that use it (GID
+        /// index 1) reach any host that speaks RoCEv2, FreeFlow's or not
+        #[arg(long)]
+        underlay_gid: bool,
         #[command(flatten)]
         output: OutputArgs,
     },

@@ -41,6 +41,7 @@ pub(crate) fn run(dir: &RuntimeDir, args: &RunArgs) -> Result<ExitCode> {
         tenant: args.tenant.clone(),
         ephemeral: true,
         quota: args.quota.clone(),
+        underlay_gid: args.underlay_gid,
     };
     let endpoint = start::endpoint(dir, &new, args.verbose)?;
     if args.verbose {
@@ -56,8 +57,8 @@ pub(crate) fn run(dir: &RuntimeDir, args: &RunArgs) -> Result<ExitCode> {
         "lo"
     };
     let tree = dir.sysfs(&endpoint.name);
-    sysfs::write(&tree, endpoint.ip, ndev)
-        .with_context(|| format!("cannot write {}", tree.display()))?;
+    let ips = [endpoint.ip].into_iter().chain(endpoint.underlay);
+    sysfs::write(&tree, ips, ndev).with_context(|| format!("cannot write {}", tree.display()))?;
     let own = std::env::current_exe().context("cannot find the freeflow command itself")?;
     let mut command = Command::new(own);
     command.arg("--runtime-dir").arg(dir.path());

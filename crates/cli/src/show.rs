@@ -197,6 +197,7 @@ pub(crate) fn endpoint(dir: &RuntimeDir, command: &EndpointCommand) -> Result<Ex
             ip,
             tenant,
             quota,
+            underlay_gid,
             output,
         } => {
             let new = NewEndpoint {
@@ -205,11 +206,19 @@ pub(crate) fn endpoint(dir: &RuntimeDir, command: &EndpointCommand) -> Result<Ex
                 tenant: tenant.clone(),
                 ephemeral: false,
                 quota: quota.clone(),
+                underlay_gid: *underlay_gid,
             };
             match client.call(Operation::CreateEndpoint(new), &[])? {
-                ControlAnswer::Created { name, ip, socket } => match output.output {
+                ControlAnswer::Created {
+                    name,
+                    ip,
+                    underlay,
+                    socket,
+                } => match output.output {
                     Output::Json => {
-                        let made = serde_json::json!({"name": name, "ip": ip, "socket": socket});
+                        let made = serde_json::json!({
+                            "name": name, "ip": ip, "underlay": underlay, "socket": socket
+                        });
                         println!("{}", serde_json::to_string_pretty(&made)?);
                     }
                     Output::Text => println!("{name} {ip} {}", socket.display()),
@@ -226,7 +235,11 @@ pub(crate) fn endpoint(dir: &RuntimeDir, command: &EndpointCommand) -> Result<Ex
                 Output::Json => println!("{}", serde_json::to_string_pretty(&found)?),
                 Output::Text => {
                     print_endpoints(std::slice::from_ref(&found));
-                    println!("gid {}\nsocket {}", found.gid, found.socket.display());
+                    println!("gid {}", found.gid);
+                    if let Some(gid) = &found.underlay_gid {
+                        println!("underlay gid {gid}");
+                    }
+                    println!("socket {}", found.socket.display());
                     print_quota(&found.quota);
                 }
             }

@@ -24,6 +24,8 @@ pub(crate) const READY: &str = "ready";
 pub(crate) struct Endpoint {
     pub(crate) name: String,
     pub(crate) ip: std::net::IpAddr,
+    /// Its second GID, if it has one.
+    pub(crate) underlay: Option<std::net::IpAddr>,
     pub(crate) socket: std::path::PathBuf,
     pub(crate) client: Client,
 }
@@ -34,10 +36,16 @@ pub(crate) fn endpoint(dir: &RuntimeDir, new: &NewEndpoint, verbose: bool) -> Re
     loop {
         let client = connect_or_start(dir, deadline, verbose)?;
         match client.call(Operation::CreateEndpoint(new.clone()), &[])? {
-            ControlAnswer::Created { name, ip, socket } => {
+            ControlAnswer::Created {
+                name,
+                ip,
+                underlay,
+                socket,
+            } => {
                 return Ok(Endpoint {
                     name,
                     ip,
+                    underlay,
                     socket,
                     client,
                 });

@@ -12,15 +12,26 @@ pub(crate) const UVERBS: &str = "uverbs0";
 /// An empty directory in the tree, to mount things on while they are put together.
 pub(crate) const STAGE: &str = "stage";
 
-/// Writes the tree of an endpoint whose address is on the interface `ndev`.
-pub(crate) fn write(root: &Path, ip: IpAddr, ndev: &str) -> io::Result<()> {
+/// Writes the tree of an endpoint with these addresses as GIDs, the first of which is on the
+/// interface `ndev`. Of the others the interface may be in another network: it is not told.
+pub(crate) fn write(
+    root: &Path,
+    ips: impl IntoIterator<Item = IpAddr>,
+    ndev: &str,
+) -> io::Result<()> {
     std::fs::create_dir_all(root.join(STAGE))?;
-    let v6 = match ip {
-        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
-        IpAddr::V6(v6) => v6,
-    };
-    let gid = v6.segments().map(|s| format!("{s:04x}")).join(":");
-    let files: [(&str, &str); 18] = [
+    let device = root.join("infiniband").join(DEVICE);
+    for (index, ip) in ips.into_iter().enumerate() {
+        let v6 = match ip {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+            IpAddr::V6(v6) => v6,
+        };
+        let gid = v6.segments().map(|s| format!("{s:04x}")).join(":");
+        put(&device.join(format!("ports/1/gids/{index}")), &gid)?;
+        let kind = device.join(format!("ports/1/gid_attrs/types/{index}"));
+        put(&kind, "RoCE v2")?;
+    }
+    let files: [(&str, &str); 16] = [
         ("node_type", "1: CA"),
         ("node_desc", DEVICE),
         ("fw_ver", env!("CARGO_PKG_VERSION")),
@@ -34,14 +45,12 @@ pub(crate) fn write(root: &Path, ip: IpAddr, ndev: &str) -> io::Result<()> {
         ("ports/1/rate", "100 Gb/sec (4X EDR)"),
         ("ports/1/cap_mask", "0x00000000"),
         ("ports/1/pkeys/0", "0xffff"),
-        ("ports/1/gids/0", &gid),
-        ("ports/1/gid_attrs/types/0", "RoCE v2"),
         ("ports/1/gid_attrs/ndevs/0", ndev),
         ("device/vendor", "0x46464c"),
         ("device/numa_node", "-1"),
     ];
     for (file, text) in files {
-        put(&root.join("infiniband").join(DEVICE).join(file), text)?;
+        put(&device.join(file), text)?;
     }
     for (file, text) in [("ibdev", DEVICE), ("abi_version", "1"), ("dev", "231:192")] {
         put(&root.join("infiniband_verbs").join(UVERBS).join(file), text)?;
@@ -63,10 +72,17 @@ mod tests {
     #[test]
     fn the_gid_is_written_as_sysfs_does() {
         let root = std::env::temp_dir().join(format!("ff-sysfs-{}", std::process::id()));
-        write(&root, "10.1.2.3".parse().unwrap(), "eth0").unwrap();
-        let gid = root.join("infiniband/freeflow0/ports/1/gids/0");
-        let text = std::fs::read_to_string(gid).unwrap();
-        assert_eq!(text, "0000:0000:0000:0000:0000:ffff:0a01:0203\n");
+        let ips = ["10.1.2.3", "fd00::7"].map(|ip| ip.parse().unwrap());
+        write(&root, ips, "eth0").unwrap();
+        let read = |file: &str| {
+            let port = root.join("infiniband/freeflow0/ports/1");
+            std::fs::read_to_string(port.join(file)).unwrap()
+        };
+        assert_eq!(read("gids/0"), "0000:0000:0000:0000:0000:ffff:0a01:0203\n");
+        assert_eq!(read("gids/1"), "fd00:0000:0000:0000:0000:0000:0000:0007\n");
+        for type_of in ["gid_attrs/types/0", "gid_attrs/types/1"] {
+            assert_eq!(read(type_of), "RoCE v2\n");
+        }
         std::fs::remove_dir_all(root).unwrap();
     }
 }

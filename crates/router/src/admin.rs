@@ -298,7 +298,7 @@ impl Admin {
         let mut state = self.state();
         state.coming -= 1;
         state.since = Instant::now();
-        let (name, ip, socket) = created?;
+        let (name, ip, underlay, socket) = created?;
         state.had_any = true;
         state.created += 1;
         let number = state.created;
@@ -306,10 +306,18 @@ impl Admin {
         if ends_with_us {
             ephemeral.push((name.clone(), number));
         }
-        Ok(ControlAnswer::Created { name, ip, socket })
+        Ok(ControlAnswer::Created {
+            name,
+            ip,
+            underlay,
+            socket,
+        })
     }
 
-    fn create_now(&self, new: NewEndpoint) -> Result<(String, IpAddr, PathBuf), RouterError> {
+    fn create_now(
+        &self,
+        new: NewEndpoint,
+    ) -> Result<(String, IpAddr, Option<IpAddr>, PathBuf), RouterError> {
         let tenant = new.tenant.unwrap_or_else(|| "default".to_owned());
         let existing = self.router.status().endpoints;
         let taken: HashSet<_> = existing
@@ -340,9 +348,11 @@ impl Admin {
             ip: VirtualIp(ip),
             socket: socket.clone(),
             quota: new.quota,
+            underlay_gid: new.underlay_gid,
         };
         self.router.add_endpoint(spec)?;
-        Ok((name, ip, socket))
+        let underlay = self.router.underlay().filter(|_| new.underlay_gid);
+        Ok((name, ip, underlay, socket))
     }
 
     fn attach(&self, name: &str, fds: &[OwnedFd]) -> Result<(), RouterError> {

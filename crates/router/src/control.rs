@@ -204,7 +204,7 @@ impl Engine {
         let endpoint = self.endpoints.get(s.endpoint)?;
         let device = freeflow_session::DeviceInfo {
             node_guid: node_guid(endpoint.gid.0),
-            gids: vec![endpoint.gid],
+            gids: endpoint.gids(),
             limits: endpoint.limits(&self.limits),
             endpoint: endpoint.name.clone(),
             page_size: crate::memory::page_size(),
@@ -641,12 +641,13 @@ impl Engine {
 
     /// Modifies a queue pair on behalf of somebody who may.
     pub(crate) fn apply_modify(&mut self, qp: Handle, attr: &QpAttr, mask: QpAttrMask) -> Outcome {
+        let q = self.qps.get_mut(qp).ok_or(Errno::INVAL)?;
+        let endpoint = self.endpoints.get(q.endpoint);
         let limits = ModifyLimits {
             max_rd_atomic: self.limits.max_rd_atomic,
             active_mtu: self.network.mtu(),
-            gids: 1,
+            gids: endpoint.map_or(0, |e| e.gids().len() as u8),
         };
-        let q = self.qps.get_mut(qp).ok_or(Errno::INVAL)?;
         let was = q.transport.state();
         let change = q
             .transport

@@ -68,7 +68,9 @@ impl Engine {
             },
         };
         let mut delivered = false;
-        if to.is_multicast() && entry.remote_qpn == Qpn::MULTICAST.get() {
+        if entry.av.sgid_index != 0 {
+            delivered = self.datagram_to_stock(qp, entry.remote_qpn, &entry.av, &arrival)?;
+        } else if to.is_multicast() && entry.remote_qpn == Qpn::MULTICAST.get() {
             for member in self.groups.members(e.tenant, to).to_vec() {
                 delivered |= self.deliver(member, &arrival, far)?;
             }
@@ -159,7 +161,7 @@ fn packet_type(source: Gid, to: Gid) -> u8 {
 
 /// The 40 bytes in front of a datagram: for IPv4 20 bytes of zeroes and the IPv4 header, for IPv6
 /// its header (IBTA annex A17, RoCEv2).
-fn grh_bytes(source: Gid, av: &AddressVector, payload: u64) -> Grh {
+pub(crate) fn grh_bytes(source: Gid, av: &AddressVector, payload: u64) -> Grh {
     /// BTH, DETH, the payload's padding and ICRC, behind a UDP header.
     const UDP_AND_TRANSPORT: u64 = 8 + 12 + 8 + 4;
     let mut grh = [0; GRH_BYTES as usize];

@@ -306,7 +306,7 @@ impl Engine {
             same => p.qp_type == same,
         };
         let connected = fits && back.dest_qpn == q.qpn.get() && back.av.dgid == here;
-        (connected && p.transport.may_receive()).then_some(p)
+        (connected && p.remote.is_none() && p.transport.may_receive()).then_some(p)
     }
 
     /// Whether the process of a queue pair is dead, as its own memory shows: its session will end.

@@ -134,6 +134,9 @@ pub struct EndpointSpec {
     pub socket: PathBuf,
     /// Limits other than the usual ones.
     pub quota: Vec<Setting>,
+    /// Whether the device has the router's underlay address as its second GID: by it the endpoint
+    /// reaches any host that speaks RoCEv2, whatever its tenant may.
+    pub underlay_gid: bool,
 }
 
 /// Why a router did not do what it was asked.
@@ -171,6 +174,12 @@ pub enum RouterError {
         /// The name.
         name: String,
     },
+    /// An endpoint is to have the router's underlay address, and there is none.
+    #[error(
+        "the router has no address in the network between hosts: start it with `freeflow router \
+         --underlay ADDRESS`, or leave out --underlay-gid"
+    )]
+    NoUnderlay,
     /// Another router serves the runtime directory.
     #[error("a router already serves {}; use it, or choose another directory", dir.display())]
     AlreadyServed {
@@ -407,6 +416,11 @@ impl Router {
             let map = Map::new(hosts, local);
             self.shared.with(|engine| engine.network.set_map(map));
         }
+    }
+
+    /// This host's address in the network between hosts.
+    pub(crate) fn underlay(&self) -> Option<IpAddr> {
+        self.underlay
     }
 
     /// Tenant of an endpoint.

@@ -47,12 +47,18 @@ impl Engine {
                 by: by.name.clone(),
             });
         }
+        let underlay = match (spec.underlay_gid, self.network.local()) {
+            (false, _) => None,
+            (true, None) => return Err(RouterError::NoUnderlay),
+            (true, local) => local,
+        };
         let endpoint = Endpoint {
             name: spec.name.clone(),
             tenant,
             tenant_name: spec.tenant.clone(),
             ip: spec.ip,
             gid,
+            underlay,
             socket: spec.socket.clone(),
             counters: Default::default(),
             ready: VecDeque::new(),
@@ -214,6 +220,7 @@ impl Engine {
                 tenant: e.tenant_name.clone(),
                 ip: e.ip.0,
                 gid: e.gid.to_string(),
+                underlay_gid: e.underlay_gid().map(|gid| gid.to_string()),
                 socket: e.socket.clone(),
                 sessions: self
                     .sessions

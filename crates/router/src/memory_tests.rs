@@ -45,6 +45,7 @@ impl Host {
             ip,
             socket: "/nowhere".into(),
             quota: Vec::new(),
+            underlay_gid: false,
         };
         engine.add_endpoint(&spec).unwrap();
         let nobody = Handle(0);

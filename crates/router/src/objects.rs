@@ -1,6 +1,7 @@
 //! The objects that the engine owns.
 
 use std::collections::VecDeque;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -37,6 +38,8 @@ pub(crate) struct Endpoint {
     pub(crate) tenant_name: String,
     pub(crate) ip: VirtualIp,
     pub(crate) gid: Gid,
+    /// This host's address in the network between hosts, if it is the second GID.
+    pub(crate) underlay: Option<IpAddr>,
     pub(crate) socket: std::path::PathBuf,
     pub(crate) counters: freeflow_api::Counters,
     /// Queue pairs that have something to do.
@@ -51,6 +54,18 @@ pub(crate) struct Endpoint {
     pub(crate) allowance: Allowance,
     /// Its memory came late: what cannot be shared is not used any more.
     pub(crate) late: bool,
+}
+
+impl Endpoint {
+    /// The second GID, if there is one.
+    pub(crate) fn underlay_gid(&self) -> Option<Gid> {
+        self.underlay.map(|ip| Gid::from(VirtualIp(ip)))
+    }
+
+    /// The device's GIDs, by index.
+    pub(crate) fn gids(&self) -> Vec<Gid> {
+        [self.gid].into_iter().chain(self.underlay_gid()).collect()
+    }
 }
 
 /// Who is at the other end of a session, as the kernel says.

@@ -5,9 +5,10 @@ mod datagrams;
 mod departed;
 mod requests;
 mod responses;
+mod stock;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 
 use freeflow_api::FabricStatus;
@@ -149,6 +150,11 @@ impl Network {
         self.fabric.is_some() && now.saturating_sub(self.last_active) < LIVELY_NS
     }
 
+    /// This host's address in the network between hosts.
+    pub(crate) fn local(&self) -> Option<IpAddr> {
+        self.fabric.as_ref().map(Fabric::local)
+    }
+
     pub(crate) fn next_timeout(&self) -> Option<u64> {
         self.fabric.as_ref()?.next_timeout()
     }
@@ -183,6 +189,7 @@ impl Network {
             ("useless", drops.useless),
             ("no_address", drops.no_address),
             ("not_taken", drops.not_taken),
+            ("damaged", drops.damaged),
             ("bad_icrc", received.bad_icrc),
             ("truncated", received.truncated),
             ("version", received.version),
@@ -243,7 +250,7 @@ impl Map {
         let others = hosts.routers().filter(|&host| host != local);
         let segments: BTreeMap<_, _> = others.map(|host| (host, segment(host))).collect();
         let least = segments.values().copied().min();
-        let mtu = least.map_or(Mtu::B4096, largest_mtu);
+        let mtu = largest_mtu(least.unwrap_or_else(|| segment(neighbour(local))));
         Map {
             hosts,
             local: Some(local),
@@ -270,6 +277,14 @@ impl Map {
     }
 }
 
+/// An address on this host's own link, most likely: by it the link's MTU is found.
+fn neighbour(local: IpAddr) -> IpAddr {
+    match local {
+        IpAddr::V4(ip) => Ipv4Addr::from_bits(ip.to_bits() ^ 1).into(),
+        IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() ^ 1).into(),
+    }
+}
+
 /// The largest MTU whose packets fit.
 fn largest_mtu(segment: u32) -> Mtu {
     let all = [Mtu::B4096, Mtu::B2048, Mtu::B1024, Mtu::B512];
@@ -292,8 +307,9 @@ impl Engine {
         Ok(())
     }
 
-    /// A connected queue pair has got its attributes: if its peer's address is of another host, it
-    /// goes over the wire. Which host that is stays so until it is reset.
+    /// A connected queue pair has got its attributes: if its peer's address is of another host, or it
+    /// is to use the underlay's, it goes over the wire. Which host that is stays so until it is
+    /// reset.
     pub(crate) fn connect_remote(&mut self, qp: Handle) {
         let Some(q) = self.qps.get_mut(qp) else {
             return;
@@ -306,14 +322,20 @@ impl Engine {
             return;
         }
         let here = self.by_gid.contains_key(&(e.tenant, attr.av.dgid));
-        let host = match &q.remote {
-            Some(remote) => Some(remote.host),
+        let way = match &q.remote {
+            Some(remote) => Some((remote.host, !remote.is_router)),
+            None if attr.av.sgid_index == stock::GID_INDEX => {
+                stock::host(e, &attr.av).map(|host| (host, true))
+            }
             None if here => None,
-            None => self.network.find(&e.tenant_name, attr.av.dgid),
+            None => {
+                let host = self.network.find(&e.tenant_name, attr.av.dgid);
+                host.map(|host| (host, false))
+            }
         };
-        let Some(host) = host else { return };
+        let Some((host, stock)) = way else { return };
         let mut connection = Connection::new(qp_type, attr);
-        if let Some(&segment) = self.network.map.segments.get(&host) {
+        if !stock && let Some(&segment) = self.network.map.segments.get(&host) {
             connection.segment = segment;
             connection.selective = qp_type.is_reliable();
         }
@@ -322,7 +344,7 @@ impl Engine {
         let remote = q.remote.get_or_insert_with(|| {
             Box::new(Remote {
                 host,
-                is_router: connection.selective,
+                is_router: !stock,
                 flow,
                 requester: None,
                 responder: Responder::new(&connection),

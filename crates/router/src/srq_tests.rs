@@ -79,6 +79,7 @@ impl Host {
             ip: VirtualIp(ip.parse().unwrap()),
             socket: "/nowhere".into(),
             quota: Vec::new(),
+            underlay_gid: false,
         };
         self.engine.add_endpoint(&spec).unwrap()
     }

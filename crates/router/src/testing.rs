@@ -59,6 +59,7 @@ impl Host {
             ip,
             socket: "/nowhere".into(),
             quota: Vec::new(),
+            underlay_gid: false,
         };
         self.engine.add_endpoint(&spec).ok()
     }

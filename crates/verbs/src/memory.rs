@@ -155,7 +155,7 @@ pub(crate) unsafe extern "C" fn destroy_ah(ah: *mut ibv_ah) -> c_int {
 
 /// `ibv_init_ah_from_wc(3)`: 0, or -1 with errno.
 pub(crate) unsafe extern "C" fn init_ah_from_wc(
-    _ctx: *mut ibv_context,
+    ctx: *mut ibv_context,
     port: u8,
     wc: *mut ibv_wc,
     grh: *mut ibv_grh,
@@ -171,9 +171,14 @@ pub(crate) unsafe extern "C" fn init_ah_from_wc(
         }
         let header = grh.cast::<[u8; GRH_BYTES as usize]>().read();
         let (sgid, traffic_class, flow_label) = sender(&header);
+        let to = receiver(&header);
+        let gids = &context(ctx).client.info().gids;
+        // A group's datagrams are answered from the first.
+        let sgid_index = gids.iter().position(|&gid| gid == to).unwrap_or(0);
         *attr = address_attr(&AddressVector {
             dgid: sgid,
             flow_label,
+            sgid_index: sgid_index as u8,
             hop_limit: NO_LIMIT,
             traffic_class,
             dlid: (*wc).slid,
@@ -188,10 +193,27 @@ pub(crate) unsafe extern "C" fn init_ah_from_wc(
     0
 }
 
+/// Whether the 40 bytes in front of a datagram have an IPv4 header, in the last 20.
+fn is_v4(header: &[u8; GRH_BYTES as usize]) -> bool {
+    header[20] == 0x45 && header[0] >> 4 != 6
+}
+
+/// Whom a datagram was sent to, by the 40 bytes in front of it.
+fn receiver(header: &[u8; GRH_BYTES as usize]) -> Gid {
+    let mut gid = [0; 16];
+    if is_v4(header) {
+        gid[10..12].copy_from_slice(&[0xFF, 0xFF]);
+        gid[12..].copy_from_slice(&header[36..]);
+    } else {
+        gid.copy_from_slice(&header[24..]);
+    }
+    Gid(gid)
+}
+
 /// Who sent a datagram, by the 40 bytes in front of it: an IPv6 header, or an IPv4 header in the
 /// last 20 bytes (IBTA annex A17).
 fn sender(header: &[u8; GRH_BYTES as usize]) -> (Gid, u8, u32) {
-    if header[20] == 0x45 && header[0] >> 4 != 6 {
+    if is_v4(header) {
         let mut gid = [0; 16];
         gid[10..12].copy_from_slice(&[0xFF, 0xFF]);
         gid[12..].copy_from_slice(&header[32..36]);

@@ -25,7 +25,7 @@ impl Engine {
         let e = endpoint.and_then(|e| self.endpoints.get(e));
         let host = e.and_then(|e| self.network.find(&e.tenant_name, arrival.to));
         match host {
-            Some(host) => self.send_datagram(qp, host, to, &[], arrival),
+            Some(host) => self.send_addressed(qp, host, to, &[], arrival),
             None => Ok(false),
         }
     }
@@ -48,12 +48,13 @@ impl Engine {
         let hosts: Vec<_> = self.network.map.others(&e.tenant_name).collect();
         let mut sent = false;
         for host in hosts {
-            sent |= self.send_datagram(qp, host, Qpn::MULTICAST.get(), &tag, arrival)?;
+            sent |= self.send_addressed(qp, host, Qpn::MULTICAST.get(), &tag, arrival)?;
         }
         Ok(sent)
     }
 
-    fn send_datagram(
+    /// Sends a datagram to another router, with its addresses and a tag in front.
+    fn send_addressed(
         &mut self,
         qp: Handle,
         host: IpAddr,
@@ -62,10 +63,26 @@ impl Engine {
         arrival: &Arrival<'_>,
     ) -> Result<bool, Outcome> {
         let head = [&arrival.grh[..], tag].concat();
-        let len = arrival.len as usize;
-        if !self.network.map.carries(host, head.len() + len) {
+        if !self
+            .network
+            .map
+            .carries(host, head.len() + arrival.len as usize)
+        {
             return Ok(false);
         }
+        self.send_datagram(qp, host, to, &head, arrival)
+    }
+
+    /// Sends a datagram with something in front of its data; whether it went.
+    pub(super) fn send_datagram(
+        &mut self,
+        qp: Handle,
+        host: IpAddr,
+        to: u32,
+        head: &[u8],
+        arrival: &Arrival<'_>,
+    ) -> Result<bool, Outcome> {
+        let len = arrival.len as usize;
         let longest = self.network.mtu().bytes();
         let q = self.qps.get_mut(qp).ok_or(Outcome::LocalQpOperation)?;
         let sq_psn = q.transport.attr().sq_psn;
@@ -97,7 +114,7 @@ impl Engine {
             Source::Bytes(bytes) => Payload::Bytes(bytes),
             Source::Spans(spans) => Payload::Spans(spans, len),
         };
-        let pushed = self.push(&mut fabric, &way, &headers, Payload::Behind(&head, &data));
+        let pushed = self.push(&mut fabric, &way, &headers, Payload::Behind(head, &data));
         self.network.fabric = Some(fabric);
         pushed.map_err(|_| Outcome::LocalProtection).map(|()| true)
     }
@@ -105,6 +122,9 @@ impl Engine {
     /// A datagram has come. Its CRC is right, and nothing else is certain.
     pub(super) fn on_datagram(&mut self, packet: &Received<'_>) {
         const GRH: usize = GRH_BYTES as usize;
+        if !self.network.map.segments.contains_key(&packet.src) {
+            return self.on_stock_datagram(packet);
+        }
         let Some((grh, data)) = packet.payload.split_first_chunk::<GRH>() else {
             self.network.drops.no_address += 1;
             return;
@@ -169,7 +189,7 @@ impl Engine {
     }
 
     /// Gives a packet to a queue pair; whether it takes it.
-    fn on_arrival(
+    pub(super) fn on_arrival(
         &mut self,
         qp: Handle,
         packet: &Received<'_>,

@@ -1,0 +1,140 @@
+# The kernel's rxe on one end of a link, an endpoint with the underlay's GID on the other: unmodified
+# programs of the two talk to each other, each the other's server in turn. $1: the directory with
+# FreeFlow's programs and libraries; then the names of the parts to run.
+set -u
+. "$VM_LIB"
+freeflow=$1/bin/freeflow
+shift
+
+# rxe has RoCEv2's port in the first network namespace: the router is in another.
+ip netns add ff
+ip link add v0 mtu 4200 type veth peer name v1 mtu 4200 netns ff
+ip addr add 10.88.0.1/24 dev v0
+ip link set v0 up
+ip -n ff addr add 10.88.0.2/24 dev v1
+ip -n ff link set lo up
+ip -n ff link set v1 up
+rdma link add rxe0 type rxe netdev v0 || exit 1
+ip netns exec ff "$freeflow" router --underlay 10.88.0.2 > /out/router 2>&1 &
+router=$!
+tries=300
+until "$freeflow" status > /dev/null 2>&1; do
+    kill -0 $router && [ $((tries -= 1)) -gt 0 ] || { cat /out/router; exit 1; }
+    sleep 0.1
+done
+
+# at SIDE PROGRAM ARGUMENT...
+at() {
+    local side=$1
+    shift
+    case $side in
+        rxe) timeout "$limit" "$@" ;;
+        ff) timeout "$limit" ip netns exec ff "$freeflow" run --underlay-gid -- "$@" ;;
+    esac
+}
+
+listens() {
+    case $1 in
+        rxe) ss -Hltn "sport = :$2" ;;
+        ff) ip netns exec ff ss -Hltn "sport = :$2" ;;
+    esac | grep -q .
+}
+
+port=20000 failed=0 passed=0 limit=${LIMIT:-60}
+
+# between SERVER CLIENT PROGRAM ARGUMENT...
+between() {
+    local server=$1 client=$2 address began tries=300 code
+    shift 2
+    [ "$server" = rxe ] && address=10.88.0.1 || address=10.88.0.2
+    began=$(date +%s)
+    port=$((port + 1))
+    at "$server" "$@" -p $port > /out/server 2>&1 &
+    local pid=$!
+    until listens "$server" $port; do
+        kill -0 $pid 2> /dev/null && [ $((tries -= 1)) -gt 0 ] || break
+        sleep 0.1
+    done
+    at "$client" "$@" -p $port $address > /out/client 2>&1
+    code=$?
+    [ $code = 0 ] || kill $pid 2> /dev/null
+    wait $pid
+    code=$code/$?
+    grep -q "invalid data" /out/server /out/client && code=$code/data
+    if [ $code = 0/0 ]; then
+        passed=$((passed + 1))
+        echo "ok $server <- $client: $* ($(($(date +%s) - began)) s)"
+    else
+        failed=$((failed + 1))
+        echo "FAILED ($code) $server <- $client: $* ($(($(date +%s) - began)) s)"
+        tail -n 8 /out/client /out/server
+        "$freeflow" status | tail -n 8
+    fi
+}
+
+both() {
+    between rxe ff "$@"
+    between ff rxe "$@"
+}
+
+devinfo() {
+    at ff ibv_devinfo -v > /out/devinfo
+    for wanted in 'GID\[  1\]:.*::ffff:10.88.0.2, RoCE v2' 'gid_tbl_len:[[:space:]]*2'; do
+        grep -q "$wanted" /out/devinfo && continue
+        failed=$((failed + 1))
+        echo "FAILED: ibv_devinfo has no $wanted"
+        cat /out/devinfo
+    done
+    at ff cat /sys/class/infiniband/freeflow0/ports/1/gids/1
+}
+
+pingpongs() {
+    both ibv_rc_pingpong -g 1 -c -n 200
+    both ibv_rc_pingpong -g 1 -c -n 50 -s 100001 -m 4096
+    both ibv_rc_pingpong -g 1 -c -n 50 -s 5000 -m 256 -e
+    both ibv_uc_pingpong -g 1 -c -n 200
+    both ibv_ud_pingpong -g 1 -c -n 200 -s 1024
+    both ibv_srq_pingpong -g 1 -c -n 200 -q 4
+}
+
+connected() {
+    for size in 1 65537; do
+        both ib_send_bw -x 1 -s $size -n 100
+        both ib_write_bw -x 1 -s $size -n 100
+        both ib_read_bw -x 1 -s $size -n 100
+    done
+    both ib_atomic_bw -x 1 -n 100 -A FETCH_AND_ADD
+    both ib_atomic_bw -x 1 -n 100 -A CMP_AND_SWAP
+    both ib_send_bw -x 1 -s 4096 -n 100 -b -q 4 -e
+    both ib_write_bw -x 1 -s 10000 -n 100 -m 1024 -b -q 2
+    both ib_send_lat -x 1 -s 64 -n 100
+    both ib_write_lat -x 1 -s 3000 -n 100
+    both ib_read_lat -x 1 -s 3000 -n 100
+    both ib_atomic_lat -x 1 -n 100
+}
+
+unreliable() {
+    both ib_send_bw -x 1 -c UC -s 10000 -n 100
+    both ib_write_bw -x 1 -c UC -s 10000 -n 100
+    both ib_write_lat -x 1 -c UC -s 10000 -n 100
+    both ib_send_bw -x 1 -c UD -s 1024 -n 100
+    both ib_send_lat -x 1 -c UD -s 1000 -n 100
+}
+
+loss() {
+    modprobe sch_netem || exit 1
+    tc qdisc add dev v0 root netem loss 1% || exit 1
+    ip netns exec ff tc qdisc add dev v1 root netem loss 1% || exit 1
+    both ibv_rc_pingpong -g 1 -c -n 100 -s 20001
+    both ib_send_bw -x 1 -s 65536 -n 50
+    both ib_write_bw -x 1 -s 65536 -n 50
+    both ib_read_bw -x 1 -s 65536 -n 50
+    both ib_atomic_bw -x 1 -n 100 -A FETCH_AND_ADD
+    tc qdisc del dev v0 root
+    ip netns exec ff tc qdisc del dev v1 root
+}
+
+for part; do $part; done
+"$freeflow" status
+echo "$passed passed, $failed failed"
+[ $failed = 0 ]
