@@ -152,6 +152,8 @@ fn addresses_and_names_are_checked() {
     let in_use = ["10.77.1.1", "in use by endpoint \"one\"", "--ip"];
     fails(&inner("--ip 10.77.1.1"), 125, &in_use);
     fails(&inner("--ip ::ffff:10.77.1.1"), 125, &in_use);
+    let no_underlay = ["no address in the network between hosts", "--underlay "];
+    fails(&inner("--underlay-gid"), 125, &no_underlay);
     let other = inner("--tenant other --ip 10.77.1.1");
     assert_eq!((other.code(), &*other.stdout), (0, "ran\n"), "{other}");
 }

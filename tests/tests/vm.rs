@@ -273,3 +273,29 @@ fn pingpong(bed: &Bed, environment: &str) -> (u64, u64) {
     good(server.wait(DEADLINE).unwrap().success().unwrap());
     bytes
 }
+
+/// Programs on the kernel's rxe and on an endpoint that has the underlay's GID, each the other's
+/// server in turn.
+#[test]
+fn freeflow_and_the_reference_are_peers() {
+    let Some((machine, _one)) = machine("freeflow_and_the_reference_are_peers") else {
+        return;
+    };
+    let programs = ["ibv_devinfo", "ibv_rc_pingpong", "ib_send_bw", "tc"];
+    if !programs.into_iter().all(have) {
+        return;
+    }
+    let (script, dist) = (script("stock.sh"), dist());
+    let mut command = vec![Path::new("bash"), &script, &dist];
+    let parts = ["devinfo", "pingpongs", "connected", "unreliable", "loss"];
+    command.extend(parts.map(Path::new));
+    let outcome = Vm::new(&machine)
+        .limit(Duration::from_secs(1200))
+        .run(&command)
+        .unwrap();
+    assert!(outcome.success(), "{outcome}");
+    let output = &outcome.hosts[0].output;
+    let summary = output.lines().last().unwrap_or_default();
+    let passed = summary.split(' ').next().and_then(|n| n.parse().ok());
+    assert!(passed.is_some_and(|n: u32| n >= 60), "{outcome}");
+}

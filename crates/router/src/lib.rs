@@ -42,6 +42,8 @@ mod server;
 mod srq;
 #[cfg(test)]
 mod srq_tests;
+#[cfg(test)]
+mod stock_tests;
 mod table;
 #[cfg(feature = "testing")]
 #[doc(hidden)]

@@ -407,7 +407,7 @@ impl Engine {
         }
         for datagram in batch.iter() {
             if let Some(packet) = fabric.check(datagram) {
-                self.on_packet(&packet, &mut fabric);
+                self.on_packet(&packet, Some(&mut fabric));
             }
         }
         self.end_uses();

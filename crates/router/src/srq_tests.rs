@@ -28,14 +28,14 @@ const RNR_TIMER: u8 = 0;
 const RNR_RETRIES: u8 = 2;
 const BIG: u64 = 4 * TURN_BYTES;
 
-struct Host {
-    engine: Engine,
+pub(crate) struct Host {
+    pub(crate) engine: Engine,
     now: u64,
 }
 
 /// A process: one session with one context.
-struct Process {
-    session: Handle,
+pub(crate) struct Process {
+    pub(crate) session: Handle,
     context: Handle,
     pd: Handle,
     gid: Gid,
@@ -44,20 +44,20 @@ struct Process {
 }
 
 #[derive(Clone, Copy)]
-struct Cq {
+pub(crate) struct Cq {
     handle: Handle,
     read: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Made {
-    handle: Handle,
-    qpn: u32,
+pub(crate) struct Made {
+    pub(crate) handle: Handle,
+    pub(crate) qpn: u32,
     slot: u32,
 }
 
 #[derive(Clone, Copy)]
-struct Srq {
+pub(crate) struct Srq {
     handle: Handle,
     slot: u32,
     max_wr: u32,
@@ -66,13 +66,13 @@ struct Srq {
 }
 
 impl Host {
-    fn new() -> Host {
+    pub(crate) fn new() -> Host {
         let set = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).unwrap());
         let engine = Engine::new(DeviceLimits::default(), 0, Opener::Direct, set);
         Host { engine, now: 0 }
     }
 
-    fn endpoint(&mut self, ip: &str) -> Handle {
+    pub(crate) fn endpoint(&mut self, ip: &str) -> Handle {
         let spec = EndpointSpec {
             name: ip.to_owned(),
             tenant: "t".to_owned(),
@@ -84,7 +84,7 @@ impl Host {
         self.engine.add_endpoint(&spec).unwrap()
     }
 
-    fn process(&mut self, endpoint: Handle, uid: u32) -> Process {
+    pub(crate) fn process(&mut self, endpoint: Handle, uid: u32) -> Process {
         let pid = std::process::id();
         let (socket, other) = event_pair().unwrap();
         let peer = Peer { pid, uid };
@@ -109,12 +109,12 @@ impl Host {
         }
     }
 
-    fn ask(&mut self, session: Handle, request: Request) -> Result<Reply, Errno> {
+    pub(crate) fn ask(&mut self, session: Handle, request: Request) -> Result<Reply, Errno> {
         let reply = self.engine.handle(session, request).reply;
         reply.map_err(|e| Errno::from_raw_os_error(e.0))
     }
 
-    fn cq(&mut self, p: &Process) -> Cq {
+    pub(crate) fn cq(&mut self, p: &Process) -> Cq {
         let request = CreateCq {
             context: p.context,
             cqe: 256,
@@ -130,7 +130,7 @@ impl Host {
         }
     }
 
-    fn srq(&mut self, p: &Process, max_wr: u32, xrc: Option<XrcSrq>) -> Srq {
+    pub(crate) fn srq(&mut self, p: &Process, max_wr: u32, xrc: Option<XrcSrq>) -> Srq {
         let request = CreateSrq {
             pd: p.pd,
             max_wr,
@@ -149,7 +149,7 @@ impl Host {
         }
     }
 
-    fn qp(
+    pub(crate) fn qp(
         &mut self,
         p: &Process,
         qp_type: QpType,
@@ -266,7 +266,13 @@ impl Host {
     }
 
     /// What a library does, if the ring has room.
-    fn try_post(&mut self, p: &Process, srq: &mut Srq, wr_id: u64, sges: &[Sge]) -> bool {
+    pub(crate) fn try_post(
+        &mut self,
+        p: &Process,
+        srq: &mut Srq,
+        wr_id: u64,
+        sges: &[Sge],
+    ) -> bool {
         let ring = self.engine.srqs.get(srq.handle).unwrap().ring().unwrap();
         if srq.posted - ring.consumed() == u64::from(srq.max_wr) {
             return false;
@@ -283,7 +289,14 @@ impl Host {
         assert!(self.try_post(p, srq, wr_id, &[]), "the queue is full");
     }
 
-    fn send(&mut self, p: &Process, qp: Made, wr_id: u64, sges: &[Sge], remote_srqn: u32) {
+    pub(crate) fn send(
+        &mut self,
+        p: &Process,
+        qp: Made,
+        wr_id: u64,
+        sges: &[Sge],
+        remote_srqn: u32,
+    ) {
         let q = self.engine.qps.get(qp.handle).unwrap();
         let (qp_type, rings) = (q.qp_type, q.rings().unwrap());
         let at = rings.send_produced();
@@ -306,7 +319,7 @@ impl Host {
     }
 
     /// Polls until there is nothing to do at this time.
-    fn settle(&mut self) {
+    pub(crate) fn settle(&mut self) {
         for _ in 0..100_000 {
             if self.round() != Polled::Busy {
                 return;
@@ -316,7 +329,7 @@ impl Host {
         panic!("the engine does not come to rest");
     }
 
-    fn completions(&mut self, cq: &mut Cq) -> Vec<CompletionEntry> {
+    pub(crate) fn completions(&mut self, cq: &mut Cq) -> Vec<CompletionEntry> {
         let ring = self.engine.cqs.get(cq.handle).unwrap().ring().unwrap();
         let all = (cq.read..ring.produced()).map(|at| ring.read(at)).collect();
         cq.read = ring.produced();
@@ -331,7 +344,7 @@ impl Host {
         all.iter().map(|c| c.wr_id).collect()
     }
 
-    fn reg(&mut self, p: &Process, len: u64) -> Key {
+    pub(crate) fn reg(&mut self, p: &Process, len: u64) -> Key {
         let Ok(Reply::Pages {
             segment, offset, ..
         }) = self.ask(p.session, Request::AllocPages { len })

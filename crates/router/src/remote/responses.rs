@@ -16,15 +16,14 @@ use crate::remote::{
 
 impl Engine {
     /// A packet has come. Its CRC is right, and nothing else is certain.
-    pub(super) fn on_packet(&mut self, packet: &Received<'_>, fabric: &mut RoceFabric) {
+    pub(crate) fn on_packet(&mut self, packet: &Received<'_>, fabric: Option<&mut RoceFabric>) {
         let (headers, now) = (&packet.headers, self.now);
         if headers.bth.opcode.service() == Service::Ud {
             return self.on_datagram(packet);
         }
         let Some(&qp) = self.by_qpn.get(&headers.bth.dest_qp) else {
-            if !self.on_late_packet(packet, fabric) {
-                self.network.drops.unknown_qp += 1;
-            }
+            let late = fabric.is_some_and(|fabric| self.on_late_packet(packet, fabric));
+            self.network.drops.unknown_qp += u64::from(!late);
             return;
         };
         let Some(q) = self.qps.get_mut(qp) else {
