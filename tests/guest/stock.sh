@@ -67,7 +67,7 @@ between() {
     else
         failed=$((failed + 1))
         echo "FAILED ($code) $server <- $client: $* ($(($(date +%s) - began)) s)"
-        tail -n 8 /out/client /out/server
+        tail -n 30 /out/client /out/server
         "$freeflow" status | tail -n 8
     fi
 }
@@ -98,19 +98,20 @@ pingpongs() {
 }
 
 connected() {
+    # Both sides must ask for what both can do: rxe could do more.
     for size in 1 65537; do
         both ib_send_bw -x 1 -s $size -n 100
         both ib_write_bw -x 1 -s $size -n 100
-        both ib_read_bw -x 1 -s $size -n 100
+        both ib_read_bw -x 1 -o 16 -s $size -n 100
     done
-    both ib_atomic_bw -x 1 -n 100 -A FETCH_AND_ADD
-    both ib_atomic_bw -x 1 -n 100 -A CMP_AND_SWAP
+    both ib_atomic_bw -x 1 -o 16 -n 100 -A FETCH_AND_ADD
+    both ib_atomic_bw -x 1 -o 16 -n 100 -A CMP_AND_SWAP
     both ib_send_bw -x 1 -s 4096 -n 100 -b -q 4 -e
     both ib_write_bw -x 1 -s 10000 -n 100 -m 1024 -b -q 2
     both ib_send_lat -x 1 -s 64 -n 100
     both ib_write_lat -x 1 -s 3000 -n 100
-    both ib_read_lat -x 1 -s 3000 -n 100
-    both ib_atomic_lat -x 1 -n 100
+    both ib_read_lat -x 1 -o 16 -s 3000 -n 100
+    both ib_atomic_lat -x 1 -o 16 -n 100
 }
 
 unreliable() {
@@ -128,8 +129,15 @@ loss() {
     both ibv_rc_pingpong -g 1 -c -n 100 -s 20001
     both ib_send_bw -x 1 -s 65536 -n 50
     both ib_write_bw -x 1 -s 65536 -n 50
-    both ib_read_bw -x 1 -s 65536 -n 50
-    both ib_atomic_bw -x 1 -n 100 -A FETCH_AND_ADD
+    both ib_read_bw -x 1 -o 16 -s 65536 -n 50
+    both ib_atomic_bw -x 1 -o 16 -n 100 -A FETCH_AND_ADD
+    for side in "tc -s qdisc show dev v0" "ip netns exec ff tc -s qdisc show dev v1"; do
+        $side > /out/lost
+        ! grep -q "netem" /out/lost || grep -q "dropped 0," /out/lost || continue
+        failed=$((failed + 1))
+        echo "FAILED: nothing was lost"
+        cat /out/lost
+    done
     tc qdisc del dev v0 root
     ip netns exec ff tc qdisc del dev v1 root
 }
