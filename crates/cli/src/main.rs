@@ -71,7 +71,11 @@ With --underlay and --hosts, endpoints of several hosts reach each other. The fi
 address or network of a tenant, and the host that has it; # begins a remark:
   default  10.77.1.0/24  192.0.2.1
   default  10.77.2.0/24  192.0.2.2
-Every host may have the same file. Lines with the router's own address do nothing.";
+Every host may have the same file. Lines with the router's own address do nothing.
+
+A host without FreeFlow (a RoCE network card, the kernel's rxe) is reached by endpoints that have the
+underlay's address as a second GID:
+  freeflow run --underlay-gid -- ib_write_bw -x 1 192.0.2.9";
 
 const ENDPOINT_HELP: &str = "\
 An endpoint for programs that are started by hand, or in containers, needs a router that stays
