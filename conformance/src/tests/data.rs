@@ -1,8 +1,10 @@
 //! Data arrives whole, where it should, with every operation.
 
+use std::time::Instant;
+
 use freeflow_abi::*;
 
-use crate::suite::{Env, Op, Outcome, Pair, Side, Spec, check, same, tests};
+use crate::suite::{Env, LONG, Op, Outcome, Pair, Side, Spec, check, same, tests};
 use crate::verbs::{Recv, Send, Sge, pattern};
 
 tests! { "data";
@@ -75,7 +77,14 @@ pub(super) fn transfer(pair: &mut Pair, op: Op, wr_id: u64, bytes: &[u8]) -> Out
             check!(got.flags & IBV_WC_GRH != 0, "IBV_WC_GRH is not set: {got:?}");
         }
     }
-    let got = pair.far.get(to, grh + len + 16)?;
+    let mut got = pair.far.get(to, grh + len + 16)?;
+    if kind == IBV_QPT_UC && op.recv.is_none() {
+        // It is sent, which is not to say that it has arrived.
+        let end = Instant::now() + LONG;
+        while got[grh..grh + len] != *bytes && Instant::now() < end {
+            got = pair.far.get(to, grh + len + 16)?;
+        }
+    }
     same!(got[grh..grh + len], *bytes, "{} of {len}: data", op.name);
     same!(got[grh + len..], [0xEE; 16], "{} of {len}: bytes behind the data", op.name);
     Ok(())
