@@ -4,10 +4,11 @@
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use freeflow_session::Request;
 use freeflow_shm::SendEntry;
 use freeflow_tests::rig::{CAP, Patience, RawQp, Rig, datagrams};
 use freeflow_tests::{DEADLINE, Hosts, Lasting, Running, have, skip, wait_until};
-use freeflow_types::{AddressVector, Gid, Opcode, Psn, QpType, WcStatus};
+use freeflow_types::{AddressVector, Gid, Opcode, Psn, QpType, Qpn, VirtualIp, WcStatus};
 use freeflow_wire::{Addresses, Bth, BthOpcode, Deth, Flow, Headers, icrc};
 use rustix::process::Signal;
 
@@ -409,4 +410,83 @@ fn a_host_that_does_not_keep_up_loses_datagrams_and_nothing_else() {
     let dropped = drops(&hosts, 1);
     assert_ne!(dropped["overflow"], 0, "{dropped}");
     assert_ne!(dropped["unknown_qp"], 0, "{dropped}");
+}
+
+/// A datagram queue pair that is ready, with a receive posted.
+fn listening(rig: &mut Rig, qkey: u32) -> RawQp {
+    let mut qp = rig.qp(QpType::Ud, CAP).unwrap();
+    for (attr, mask) in datagrams(qkey) {
+        rig.modify(&qp, attr, mask).unwrap();
+    }
+    let into = rig.sge(4096, 4096);
+    rig.recv(&mut qp, 5, &[into]).unwrap();
+    qp
+}
+
+#[test]
+fn a_group_has_members_on_other_hosts_and_in_no_other_tenant() {
+    const QKEY: u32 = 0x1111;
+    let Some(hosts) = hosts("a_group_has_members_on_other_hosts_and_in_no_other_tenant") else {
+        return;
+    };
+    let group = Gid::from(VirtualIp("239.1.2.3".parse().unwrap()));
+    let mut sender = rig(&hosts, 0);
+    let mut ud = listening(&mut sender, QKEY);
+    let member = |host: usize, tenant: &str| {
+        let lasting = hosts.bed(host).lasting_endpoint(tenant).unwrap();
+        let mut rig = Rig::new(&lasting.socket, PAGES).unwrap();
+        let qp = listening(&mut rig, QKEY);
+        let (qp, gid) = (qp.made.qp, group);
+        rig.raw
+            .call(&Request::Multicast {
+                qp,
+                gid,
+                attach: true,
+            })
+            .unwrap();
+        rig
+    };
+    let mut stranger = member(1, "other");
+    let mut members = [
+        member(0, "default"),
+        member(1, "default"),
+        member(1, "default"),
+    ];
+    sender.fill(0, b"to all of you").unwrap();
+    let entry = SendEntry {
+        av: AddressVector {
+            dgid: group,
+            is_global: true,
+            port_num: 1,
+            hop_limit: 64,
+            ..AddressVector::default()
+        },
+        remote_qpn: Qpn::MULTICAST.get(),
+        remote_qkey: QKEY,
+        ..send(3)
+    };
+    let from = sender.sge(0, 13);
+    sender.send(&mut ud, &entry, &[from]).unwrap();
+    for member in &mut members {
+        let got = member.completion(DEADLINE).unwrap();
+        assert_eq!((got.wr_id, got.byte_len, got.src_qp), (5, 53, ud.qpn()));
+        let bytes = member.bytes(4096, 53).unwrap();
+        assert_eq!(&bytes[40..], b"to all of you");
+        assert_eq!(bytes[32..36], ip(sender.gid()));
+        assert_eq!(bytes[36..40], ip(group));
+    }
+    assert!(stranger.cq.poll().unwrap().is_none());
+    // What is for nobody is counted.
+    let other = Gid::from(VirtualIp("239.9.9.9".parse().unwrap()));
+    let av = AddressVector {
+        dgid: other,
+        ..entry.av
+    };
+    let from = sender.sge(0, 13);
+    sender
+        .send(&mut ud, &SendEntry { av, ..entry }, &[from])
+        .unwrap();
+    let counted = || drops(&hosts, 1)["not_taken"] == 1;
+    wait_until("the datagram for nobody is dropped", DEADLINE, counted).unwrap();
+    assert!(stranger.cq.poll().unwrap().is_none());
 }
