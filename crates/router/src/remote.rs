@@ -49,6 +49,9 @@ const MAX_HELD_BYTES: usize = 1 << 20;
 /// tells: any other is taken for damage.
 const ROUTERS_IDS: u16 = 64;
 
+/// The partition that every device belongs to, as a full member.
+const DEFAULT_PKEY: u16 = 0xFFFF;
+
 /// Bytes of a packet on most links.
 const ETHERNET_MTU: usize = 1500;
 
@@ -63,6 +66,8 @@ pub(crate) struct Remote {
     host: IpAddr,
     /// There is a router like this one, not any device.
     is_router: bool,
+    /// The partition that its packets are of.
+    pkey: u16,
     flow: u32,
     requester: Option<Requester>,
     responder: Responder,
@@ -92,6 +97,11 @@ impl Remote {
         self.events.clear();
     }
 
+    /// Headers as they go on the wire.
+    fn stamp(&self, headers: &Headers) -> Headers {
+        stamp(self.pkey, headers)
+    }
+
     fn to(&self) -> To {
         To {
             dst: self.host,
@@ -108,6 +118,8 @@ pub(crate) struct Drops {
     pub(crate) unknown_qp: u64,
     /// The queue pair is not connected to that host.
     pub(crate) wrong_host: u64,
+    /// The queue pair belongs to another tenant than the packet.
+    pub(crate) wrong_tenant: u64,
     /// The packet's CRC is not one that this router's peer makes.
     pub(crate) damaged: u64,
     /// The queue pair is not ready to receive, or in error.
@@ -185,6 +197,7 @@ impl Network {
         let named = [
             ("unknown_qp", drops.unknown_qp),
             ("wrong_host", drops.wrong_host),
+            ("wrong_tenant", drops.wrong_tenant),
             ("not_receiving", drops.not_receiving),
             ("useless", drops.useless),
             ("no_address", drops.no_address),
@@ -277,6 +290,24 @@ impl Map {
     }
 }
 
+fn stamp(pkey: u16, headers: &Headers) -> Headers {
+    let mut headers = *headers;
+    headers.bth.pkey = pkey;
+    headers
+}
+
+/// The partition of a tenant's packets between routers: a program chooses the queue pair number
+/// that it connects to, and must not reach another tenant's by it. The numbers are of 15 bits, so
+/// two tenants of many thousand may share one; the one that all devices have is nobody's.
+fn partition(tenant: &str) -> u16 {
+    const FULL_MEMBER: u16 = 0x8000;
+    // FNV-1a, folded: every router must come to the same number.
+    let hash = tenant.bytes().fold(0x811C_9DC5_u32, |hash, byte| {
+        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+    });
+    FULL_MEMBER | ((hash % 0x7FFE) as u16 + 1)
+}
+
 /// An address on this host's own link, most likely: by it the link's MTU is found.
 fn neighbour(local: IpAddr) -> IpAddr {
     match local {
@@ -345,6 +376,11 @@ impl Engine {
             Box::new(Remote {
                 host,
                 is_router: !stock,
+                pkey: if stock {
+                    DEFAULT_PKEY
+                } else {
+                    partition(&e.tenant_name)
+                },
                 flow,
                 requester: None,
                 responder: Responder::new(&connection),

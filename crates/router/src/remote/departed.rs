@@ -14,7 +14,7 @@ use freeflow_transport::{Dropped, Responder, Verdict};
 use rustc_hash::FxHashMap;
 
 use crate::engine::Engine;
-use crate::remote::{Payload, Remote, RoceFabric};
+use crate::remote::{Payload, Remote, RoceFabric, stamp};
 
 /// How long they are remembered, in nanoseconds: several of a peer's timeouts.
 const LINGER_NS: u64 = 5_000_000_000;
@@ -32,6 +32,7 @@ pub(super) struct Departed {
 struct Last {
     host: IpAddr,
     flow: u32,
+    pkey: u16,
     responder: Responder,
 }
 
@@ -67,12 +68,14 @@ impl Engine {
             let Remote {
                 host,
                 flow,
+                pkey,
                 responder,
                 ..
             } = *remote;
             let last = Last {
                 host,
                 flow,
+                pkey,
                 responder,
             };
             self.network.departed.add(qpn, last, now);
@@ -88,7 +91,9 @@ impl Engine {
         let headers = &packet.headers;
         self.network.departed.forget(self.now);
         let last = self.network.departed.by_qpn.get_mut(&headers.bth.dest_qp);
-        let Some(last) = last.filter(|last| last.host == packet.src) else {
+        let Some(last) =
+            last.filter(|last| last.host == packet.src && last.pkey == headers.bth.pkey)
+        else {
             return false;
         };
         let verdict = last.responder.on_request(headers, packet.payload.len());
@@ -97,11 +102,13 @@ impl Engine {
             flow: last.flow,
             ecn: Ecn::Capable0,
         };
+        let pkey = last.pkey;
         let known = matches!(verdict, Verdict::Drop(Dropped::Duplicate | Dropped::Failed));
         // Data that a READ asked for is gone with its region.
         let reply = last.responder.next_reply().filter(|r| r.data.is_none());
         if let Some(reply) = reply.filter(|_| known) {
-            let _ = self.push(fabric, &to, &reply.headers, Payload::Bytes(&[]));
+            let headers = stamp(pkey, &reply.headers);
+            let _ = self.push(fabric, &to, &headers, Payload::Bytes(&[]));
         }
         known
     }
@@ -118,6 +125,7 @@ mod tests {
         Last {
             host: IpAddr::from([192, 0, 2, 1]),
             flow: 0,
+            pkey: 0xFFFF,
             responder: Responder::new(&connection),
         }
     }

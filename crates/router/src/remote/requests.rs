@@ -86,16 +86,16 @@ impl Engine {
         headers: &Headers,
         part: Option<Part>,
     ) -> Option<()> {
-        let to = remote.to();
+        let (to, headers) = (remote.to(), remote.stamp(headers));
         let Some(part) = part else {
-            return self.push(fabric, &to, headers, Payload::Bytes(&[])).ok();
+            return self.push(fabric, &to, &headers, Payload::Bytes(&[])).ok();
         };
         let at = part.message.seq.checked_sub(remote.first)?;
         let request = remote.requests.get(at as usize)?;
         let (from, len) = (part.offset as usize, part.len as usize);
         if request.flags.contains(SendFlags::INLINE) {
             let bytes = request.inline.get(from..from + len)?;
-            return self.push(fabric, &to, headers, Payload::Bytes(bytes)).ok();
+            return self.push(fabric, &to, &headers, Payload::Bytes(bytes)).ok();
         }
         let pd = self.qps.get(qp)?.pd;
         let (mut near, far) = std::mem::take(&mut self.spans);
@@ -105,7 +105,7 @@ impl Engine {
             .local_spans(pd, &request.sges, Access::empty(), range, &mut near)
             .and_then(|()| {
                 let payload = Payload::Spans(&near, len);
-                self.push(fabric, &to, headers, payload).ok()
+                self.push(fabric, &to, &headers, payload).ok()
             });
         self.spans = (near, far);
         sent

@@ -34,6 +34,12 @@ impl Engine {
             self.network.drops.wrong_host += 1;
             return;
         };
+        // Limited members talk to full ones (IBTA volume 1, 10.9.3).
+        if (headers.bth.pkey ^ remote.pkey) & 0x7FFF != 0 {
+            q.remote = Some(remote);
+            self.network.drops.wrong_tenant += 1;
+            return;
+        }
         if remote.is_router && packet.src.is_ipv4() && packet.ip_id >= ROUTERS_IDS {
             q.remote = Some(remote);
             self.network.drops.damaged += 1;
@@ -303,10 +309,10 @@ impl Engine {
         fabric: &mut RoceFabric,
         reply: &Reply,
     ) -> Option<()> {
-        let to = remote.to();
+        let (to, headers) = (remote.to(), remote.stamp(&reply.headers));
         let Some(data) = reply.data.filter(|data| data.len != 0) else {
             let none = Payload::Bytes(&[]);
-            return self.push(fabric, &to, &reply.headers, none).ok();
+            return self.push(fabric, &to, &headers, none).ok();
         };
         let pd = self.qps.get(qp)?.pd;
         let (near, mut far) = std::mem::take(&mut self.spans);
@@ -317,7 +323,7 @@ impl Engine {
             .remote_spans((qp, pd), data.rkey, range, rights, (0, len), &mut far)
             .and_then(|()| {
                 let payload = Payload::Spans(&far, data.len as usize);
-                self.push(fabric, &to, &reply.headers, payload).ok()
+                self.push(fabric, &to, &headers, payload).ok()
             });
         self.spans = (near, far);
         sent
