@@ -9,7 +9,7 @@ use freeflow_shm::SendEntry;
 use freeflow_tests::rig::{CAP, Patience, RawQp, Rig, datagrams};
 use freeflow_tests::{DEADLINE, Hosts, Lasting, Running, have, skip, wait_until};
 use freeflow_types::{AddressVector, Gid, Opcode, Psn, QpType, Qpn, VirtualIp, WcStatus};
-use freeflow_wire::{Addresses, Bth, BthOpcode, Deth, Flow, Headers, icrc};
+use freeflow_wire::{Addresses, Bth, BthOpcode, Deth, Flow, Headers, icrc, tenant_pkey};
 use rustix::process::Signal;
 
 const PAGES: u64 = 1 << 20;
@@ -230,6 +230,13 @@ fn what_nobody_sent_is_dropped_and_counted() {
     };
     let (own, peer) = (ip(victim.gid()), ip(pair.far.0.gid()));
     let from_peer = [grh(peer, own), b"hello".to_vec()].concat();
+    let ours = |qpn: u32, psn: u32| {
+        let mut headers = rc(qpn, psn);
+        headers.bth.pkey = tenant_pkey("default");
+        headers
+    };
+    let mut theirs = rc(qp.qpn(), 0);
+    theirs.bth.pkey = tenant_pkey("other");
     let free = (1..)
         .find(|qpn| ![qp.qpn(), ud.qpn()].contains(qpn))
         .unwrap();
@@ -294,12 +301,21 @@ fn what_nobody_sent_is_dropped_and_counted() {
                 packet(owner, here, &to_ud(qp.qpn(), QKEY), &from_peer),
             ],
         ),
+        (
+            owner,
+            "wrong_tenant",
+            2,
+            vec![
+                packet(owner, here, &rc(qp.qpn(), 0), b"data"),
+                packet(owner, here, &theirs, b"data"),
+            ],
+        ),
         // More than the path MTU, far from what is due.
         (
             owner,
             "useless",
             1,
-            vec![packet(owner, here, &rc(qp.qpn(), 0x40_0000), &[0; 8000])],
+            vec![packet(owner, here, &ours(qp.qpn(), 0x40_0000), &[0; 8000])],
         ),
     ];
     for (from, reason, n, packets) in said {

@@ -19,7 +19,7 @@ use freeflow_fabric_udp::{
 use freeflow_session::Handle;
 use freeflow_transport::{Connection, MAX_SEGMENT, Requester, RequesterEvent, Responder};
 use freeflow_types::{Gid, Mtu, QpState, QpType};
-use freeflow_wire::Headers;
+use freeflow_wire::{DEFAULT_PKEY, Headers, tenant_pkey};
 use rustix::event::epoll::{self, EventData, EventFlags};
 
 use crate::data::Span;
@@ -48,9 +48,6 @@ const MAX_HELD_BYTES: usize = 1 << 20;
 /// Numbers that a router gives its packets in IPv4's identification, of which the packet's CRC
 /// tells: any other is taken for damage.
 const ROUTERS_IDS: u16 = 64;
-
-/// The partition that every device belongs to, as a full member.
-const DEFAULT_PKEY: u16 = 0xFFFF;
 
 /// Bytes of a packet on most links.
 const ETHERNET_MTU: usize = 1500;
@@ -296,18 +293,6 @@ fn stamp(pkey: u16, headers: &Headers) -> Headers {
     headers
 }
 
-/// The partition of a tenant's packets between routers: a program chooses the queue pair number
-/// that it connects to, and must not reach another tenant's by it. The numbers are of 15 bits, so
-/// two tenants of many thousand may share one; the one that all devices have is nobody's.
-fn partition(tenant: &str) -> u16 {
-    const FULL_MEMBER: u16 = 0x8000;
-    // FNV-1a, folded: every router must come to the same number.
-    let hash = tenant.bytes().fold(0x811C_9DC5_u32, |hash, byte| {
-        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
-    });
-    FULL_MEMBER | ((hash % 0x7FFE) as u16 + 1)
-}
-
 /// An address on this host's own link, most likely: by it the link's MTU is found.
 fn neighbour(local: IpAddr) -> IpAddr {
     match local {
@@ -379,7 +364,7 @@ impl Engine {
                 pkey: if stock {
                     DEFAULT_PKEY
                 } else {
-                    partition(&e.tenant_name)
+                    tenant_pkey(&e.tenant_name)
                 },
                 flow,
                 requester: None,

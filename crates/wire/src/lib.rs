@@ -12,12 +12,14 @@ pub mod cm;
 mod headers;
 mod icrc;
 mod opcode;
+mod partition;
 
 pub use headers::{
     Aeth, AtomicEth, Bth, Deth, EmitError, Feth, Headers, NakCode, ParseError, Reth, Syndrome,
 };
 pub use icrc::{Addresses, BadIcrc, Flow, icrc, verify};
 pub use opcode::{BthOpcode, Service};
+pub use partition::tenant_pkey;
 
 /// UDP destination port of RoCEv2 (IANA: `roce`).
 pub const UDP_PORT: u16 = 4791;
@@ -28,5 +30,5 @@ pub const ICRC_BYTES: usize = 4;
 /// Longest transport headers of any packet: BTH, XRCETH and AtomicETH.
 pub const MAX_HEADER_BYTES: usize = 12 + 4 + 28;
 
-/// P_Key of the default partition with full membership, the only one that RoCE uses.
+/// P_Key of the default partition with full membership, the only one that standard RoCE uses.
 pub const DEFAULT_PKEY: u16 = 0xFFFF;
