@@ -31,11 +31,14 @@ enum Measure {
         #[arg(default_value_t = 0)]
         idle: usize,
     },
-    /// Keeps queue pairs, idle, until standard input ends
+    /// Keeps queue pairs and regions, idle, until standard input ends
     Idle {
         /// Queue pairs
         #[arg(default_value_t = 16)]
         qps: usize,
+        /// Regions of 4 KiB
+        #[arg(default_value_t = 0)]
+        mrs: usize,
     },
 }
 
@@ -46,7 +49,7 @@ fn main() -> Result<()> {
         Measure::Cache => memory::cache()?,
         Measure::Setup => queue::setup()?,
         Measure::Rate { idle } => queue::rate(idle)?,
-        Measure::Idle { qps } => queue::idle(qps)?,
+        Measure::Idle { qps, mrs } => queue::idle(qps, mrs)?,
     };
     println!("{figures}");
     Ok(())

@@ -176,10 +176,26 @@ pub(crate) fn rate(idle: usize) -> Result<Value> {
     Ok(json!({ "ns_per_request": each }))
 }
 
-pub(crate) fn idle(qps: usize) -> Result<Value> {
+pub(crate) fn idle(qps: usize, mrs: usize) -> Result<Value> {
+    const PAGE: usize = 4096;
+    const BUFFER_PAGES: usize = 16;
     let device = Device::open()?;
+    let start = Instant::now();
     let all = idlers(&device, qps)?;
+    let connected = start.elapsed().as_secs_f64();
+    let buffer = vec![1u8; BUFFER_PAGES * PAGE];
+    let start = Instant::now();
+    let regions: Result<Vec<_>, _> = (0..mrs)
+        .map(|n| {
+            let at = buffer.as_ptr() as u64 + (n % BUFFER_PAGES * PAGE) as u64;
+            device.pd.reg_mr(at, PAGE as u64, at, Access::LOCAL_WRITE)
+        })
+        .collect();
+    let regions = regions?;
+    let registered = start.elapsed().as_secs_f64();
     println!("ready");
     std::io::stdin().read_to_end(&mut Vec::new())?;
-    Ok(json!({ "qps": all.len() }))
+    Ok(json!({
+        "qps": all.len(), "qps_s": connected, "mrs": regions.len(), "mrs_s": registered
+    }))
 }

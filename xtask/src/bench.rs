@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use freeflow_tests::{Bed, DEADLINE, Running, TcpPair};
+use freeflow_tests::{Bed, DEADLINE, Hosts, Running, TcpPair};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -16,9 +16,13 @@ use crate::{dist, measure, packages};
 
 /// The usual MTU of an Ethernet link.
 const MTU: u32 = 1500;
+/// That of a link with jumbo frames.
+const JUMBO_MTU: u32 = 9000;
 const BULK: [u64; 5] = [65_536, 131_072, 262_144, 524_288, 1_048_576];
 const IDLE_ENDPOINTS: usize = 64;
 const IDLE_QPS: usize = 16;
+const SCALE_QPS: usize = 160;
+const SCALE_MRS: usize = 1600;
 const IDLE_TIME: Duration = Duration::from_secs(10);
 
 #[derive(Args)]
@@ -162,6 +166,132 @@ impl Bench {
         Ok(())
     }
 
+    /// A router's own memory for many idle queue pairs, and for many regions.
+    fn scale(&mut self) -> Result<()> {
+        let program = self.own.display().to_string();
+        let mut bed = Bed::new()?;
+        let pid = bed.router().pid();
+        for (name, each, count, bytes) in [
+            ("idle queue pair", [SCALE_QPS, 0], SCALE_QPS, 4096.0),
+            ("region of 4 KiB", [0, SCALE_MRS], SCALE_MRS, 512.0),
+        ] {
+            let each = each.map(|n| n.to_string());
+            let mut holders = Vec::new();
+            let start = |holders: &mut Vec<Running>, args: &[&str]| -> Result<()> {
+                let mut command = bed.endpoint().command(&program, args);
+                holders.push(Running::start_piped(&mut command)?);
+                Ok(())
+            };
+            // What endpoints and their processes take is not what is asked for.
+            for _ in 0..IDLE_ENDPOINTS {
+                start(&mut holders, &["idle", "0", "0"])?;
+            }
+            for holder in &holders {
+                holder.wait_for("ready", DEADLINE)?;
+            }
+            let before = own_memory(pid)?;
+            holders.clear();
+            for _ in 0..IDLE_ENDPOINTS {
+                start(&mut holders, &["idle", &each[0], &each[1]])?;
+            }
+            for holder in &holders {
+                holder.wait_for("ready", DEADLINE)?;
+            }
+            let all = IDLE_ENDPOINTS * count;
+            let used = (own_memory(pid)? - before).max(0.0) / all as f64;
+            let few = Target::AtMost(1.0, "at most");
+            self.row(
+                format!("router's memory: {name}, of {all}"),
+                (used, "B"),
+                ("limit", bytes),
+                few,
+            );
+        }
+        Ok(())
+    }
+
+    /// Between two hosts, over links with the MTU of Ethernet and of jumbo frames.
+    fn hosts(&mut self) -> Result<()> {
+        if !Hosts::can("bench between hosts") {
+            return Ok(());
+        }
+        for mtu in [MTU, JUMBO_MTU] {
+            let (hosts, pair) = (Hosts::new(mtu)?, TcpPair::new(mtu)?);
+            let half = Target::AtLeast(1.5, "at least 1.5");
+            for (program, size) in [
+                ("ib_write_bw", 65_536),
+                ("ib_write_bw", 1_048_576),
+                ("ib_read_bw", 65_536),
+            ] {
+                let text = u64::to_string(&size);
+                let iterations = u64::to_string(&((2 << 30) / size).clamp(1000, 20_000));
+                let args = ["-s", &text, "-n", &iterations, "-N"];
+                let (mut ours, mut tcp) = (Vec::new(), Vec::new());
+                for _ in 0..self.runs {
+                    for (_, rate, _) in measure::bandwidth(&hosts, program, &args)? {
+                        ours.push(rate);
+                    }
+                    tcp.push(measure::tcp_stream(&pair)?);
+                }
+                self.row(
+                    format!("{program} {size} B between hosts, MTU {mtu}"),
+                    (measure::median(ours), "MiB/s"),
+                    ("one TCP stream, iperf3", measure::median(tcp)),
+                    half,
+                );
+            }
+            let (mut ours, mut tcp) = (Vec::new(), Vec::new());
+            for _ in 0..self.runs {
+                let args = ["-s", "8", "-n", "10000"];
+                for (_, us, _) in measure::latency(&hosts, "ib_write_lat", &args)? {
+                    ours.push(us);
+                }
+                tcp.push(measure::tcp_latency(&pair, 8)?);
+            }
+            let less = Target::AtMost(0.8, "at most 0.8");
+            self.row(
+                format!("ib_write_lat 8 B between hosts, MTU {mtu}"),
+                (measure::median(ours), "us"),
+                ("TCP over veth", measure::median(tcp)),
+                less,
+            );
+        }
+        Ok(())
+    }
+
+    /// What is left of the rate between hosts when packets are lost.
+    fn loss(&mut self) -> Result<()> {
+        if !Hosts::can("bench of loss between hosts") {
+            return Ok(());
+        }
+        let args = ["-s", "65536", "-n", "5000", "-N"];
+        let rate = |hosts: &Hosts| -> Result<f64> {
+            let rows = measure::bandwidth(hosts, "ib_write_bw", &args)?;
+            rows.first().map(|r| r.1).context("no row")
+        };
+        let whole = {
+            let hosts = Hosts::new(MTU)?;
+            self.median(|| rate(&hosts))?
+        };
+        for (of_1000, part, target) in [
+            (1, 0.9, "at least 0.9"),
+            (10, 0.7, "at least 0.7"),
+            (50, 0.2, "at least 0.2"),
+        ] {
+            let hosts = Hosts::new(MTU)?;
+            hosts.lose(0, of_1000)?;
+            hosts.lose(1, of_1000)?;
+            let left = self.median(|| rate(&hosts))?;
+            self.row(
+                format!("ib_write_bw 65536 B, {of_1000} of 1000 trains lost"),
+                (left, "MiB/s"),
+                ("no loss", whole),
+                Target::AtLeast(part, target),
+            );
+        }
+        Ok(())
+    }
+
     fn message_rate(&mut self) -> Result<()> {
         let rate = self.median(|| {
             let args = ["-s", "64", "-n", "500000", "-N"];
@@ -266,6 +396,14 @@ impl Bench {
     }
 }
 
+/// Bytes of memory that are a process's own.
+fn own_memory(pid: u32) -> Result<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
+    let kib = line.and_then(|l| l.split_ascii_whitespace().next());
+    Ok(kib.context("no RssAnon in status")?.parse::<f64>()? * 1024.0)
+}
+
 /// Processor time that a process has used.
 fn cpu_seconds(pid: u32) -> Result<f64> {
     const UTIME: usize = 11;
@@ -281,13 +419,16 @@ fn cpu_seconds(pid: u32) -> Result<f64> {
 
 type Part = (&'static str, fn(&mut Bench) -> Result<()>);
 
-const PARTS: [Part; 6] = [
+const PARTS: [Part; 9] = [
     ("bandwidth", Bench::bandwidth),
     ("latency", Bench::latency),
     ("message rate", Bench::message_rate),
     ("registration", Bench::registration),
     ("control", Bench::control),
     ("idle", Bench::idle),
+    ("scale", Bench::scale),
+    ("hosts", Bench::hosts),
+    ("loss", Bench::loss),
 ];
 
 /// Measures, prints a table and writes JSON.

@@ -1,7 +1,7 @@
 //! `cargo xtask demo`: the main job on this machine.
 
 use anyhow::Result;
-use freeflow_tests::{Bed, TcpPair};
+use freeflow_tests::{Bed, Hosts, TcpPair};
 
 use crate::{dist, measure, packages};
 
@@ -33,29 +33,54 @@ pub(crate) fn demo() -> Result<()> {
     ]];
     for program in ["ib_write_lat", "ib_send_lat"] {
         for (bytes, us, _) in measure::latency(&bed, program, &["-s", &small, "-n", "20000"])? {
-            table.push([
-                program.to_owned(),
-                bytes.to_string(),
-                format!("{us:.1} us"),
-                format!("{tcp_us:.1} us"),
-                format!("{:.1} times as fast", tcp_us / us),
-            ]);
+            table.push(latency_row(program, bytes, us, tcp_us));
         }
     }
     for program in ["ib_write_bw", "ib_send_bw", "ib_read_bw"] {
         for (bytes, rate, _) in measure::bandwidth(&bed, program, &["-s", &large, "-n", "20000"])? {
-            table.push([
-                program.to_owned(),
-                bytes.to_string(),
-                format!("{rate:.0} MiB/s"),
-                format!("{tcp_rate:.0} MiB/s"),
-                format!("{:.1} times as fast", rate / tcp_rate),
-            ]);
+            table.push(rate_row(program, bytes, rate, tcp_rate));
+        }
+    }
+    if Hosts::can("the rows between hosts") {
+        println!("the same between two hosts (network namespaces), by RoCEv2 over UDP");
+        let hosts = Hosts::new(MTU)?;
+        for (bytes, us, _) in
+            measure::latency(&hosts, "ib_write_lat", &["-s", &small, "-n", "10000"])?
+        {
+            table.push(latency_row("ib_write_lat, two hosts", bytes, us, tcp_us));
+        }
+        for program in ["ib_write_bw", "ib_read_bw"] {
+            for (bytes, rate, _) in
+                measure::bandwidth(&hosts, program, &["-s", &large, "-n", "10000"])?
+            {
+                let name = format!("{program}, two hosts");
+                table.push(rate_row(&name, bytes, rate, tcp_rate));
+            }
         }
     }
     println!();
     print(&table);
     Ok(())
+}
+
+fn latency_row(name: &str, bytes: u64, us: f64, tcp_us: f64) -> [String; 5] {
+    [
+        name.to_owned(),
+        bytes.to_string(),
+        format!("{us:.1} us"),
+        format!("{tcp_us:.1} us"),
+        format!("{:.1} times as fast", tcp_us / us),
+    ]
+}
+
+fn rate_row(name: &str, bytes: u64, rate: f64, tcp_rate: f64) -> [String; 5] {
+    [
+        name.to_owned(),
+        bytes.to_string(),
+        format!("{rate:.0} MiB/s"),
+        format!("{tcp_rate:.0} MiB/s"),
+        format!("{:.1} times as fast", rate / tcp_rate),
+    ]
 }
 
 /// Prints rows in columns.

@@ -1,15 +1,40 @@
 //! Running the programs that measure, and reading their figures.
 
 use anyhow::{Context, Result, bail};
-use freeflow_tests::{Bed, TcpPair};
+use freeflow_tests::{Bed, Ended, Hosts, TcpPair};
+
+/// Where a pair of programs can run.
+pub(crate) trait Pair {
+    /// Runs a program's server and its client; their output.
+    fn pair(&self, program: &str, args: &[&str]) -> Result<(Ended, Ended)>;
+}
+
+impl Pair for Bed {
+    fn pair(&self, program: &str, args: &[&str]) -> Result<(Ended, Ended)> {
+        Bed::pair(self, program, args)
+    }
+}
+
+impl Pair for Hosts {
+    fn pair(&self, program: &str, args: &[&str]) -> Result<(Ended, Ended)> {
+        Hosts::pair(self, program, args)
+    }
+}
+
+/// Port of iperf3's server.
+const IPERF_PORT: u16 = 19_766;
 
 /// Port of qperf's server.
 const QPERF_PORT: u16 = 19_765;
 
 /// Bytes per second that a perftest bandwidth program measured for each size: (bytes, MB/s of
 /// 2^20 bytes, million messages per second).
-pub(crate) fn bandwidth(bed: &Bed, program: &str, args: &[&str]) -> Result<Vec<(u64, f64, f64)>> {
-    let rows = rows(bed, program, args)?;
+pub(crate) fn bandwidth(
+    at: &impl Pair,
+    program: &str,
+    args: &[&str],
+) -> Result<Vec<(u64, f64, f64)>> {
+    let rows = rows(at, program, args)?;
     rows.iter()
         .map(|r| match r[..] {
             [bytes, _, _, average, rate, ..] => Ok((bytes as u64, average, rate)),
@@ -19,8 +44,12 @@ pub(crate) fn bandwidth(bed: &Bed, program: &str, args: &[&str]) -> Result<Vec<(
 }
 
 /// Latencies that a perftest latency program measured: (bytes, typical us, 99 % us).
-pub(crate) fn latency(bed: &Bed, program: &str, args: &[&str]) -> Result<Vec<(u64, f64, f64)>> {
-    let rows = rows(bed, program, args)?;
+pub(crate) fn latency(
+    at: &impl Pair,
+    program: &str,
+    args: &[&str],
+) -> Result<Vec<(u64, f64, f64)>> {
+    let rows = rows(at, program, args)?;
     rows.iter()
         .map(|r| match r[..] {
             [bytes, _, _, _, typical, _, _, p99, ..] => Ok((bytes as u64, typical, p99)),
@@ -30,8 +59,8 @@ pub(crate) fn latency(bed: &Bed, program: &str, args: &[&str]) -> Result<Vec<(u6
 }
 
 /// The rows of figures behind perftest's heading.
-fn rows(bed: &Bed, program: &str, args: &[&str]) -> Result<Vec<Vec<f64>>> {
-    let (_, client) = bed.pair(program, args)?;
+fn rows(at: &impl Pair, program: &str, args: &[&str]) -> Result<Vec<Vec<f64>>> {
+    let (_, client) = at.pair(program, args)?;
     let rows = parse_rows(&client.stdout);
     if rows.is_empty() {
         bail!("{program} printed no figures:\n{}", client.stdout);
@@ -69,6 +98,18 @@ fn qperf(pair: &TcpPair, test: &str, bytes: u64) -> Result<String> {
     let server = ("qperf", ["-lp", port.as_str()]);
     let ended = pair.measure((server.0, &server.1), QPERF_PORT, ("qperf", &client))?;
     Ok(ended.stdout)
+}
+
+/// Rate of one TCP stream between two network namespaces, in MiB/s, by iperf3.
+pub(crate) fn tcp_stream(pair: &TcpPair) -> Result<f64> {
+    let port = IPERF_PORT.to_string();
+    let client = ["-c", TcpPair::SERVER, "-p", &port, "-t", "2", "-J"];
+    let server = ("iperf3", ["-s", "-1", "-p", port.as_str()]);
+    let ended = pair.measure((server.0, &server.1), IPERF_PORT, ("iperf3", &client))?;
+    let said: serde_json::Value = serde_json::from_str(&ended.stdout)?;
+    let bits = said["end"]["sum_received"]["bits_per_second"].as_f64();
+    let bits = bits.with_context(|| format!("no rate in:\n{}", ended.stdout))?;
+    Ok(bits / 8.0 / f64::from(1 << 20))
 }
 
 /// A figure of qperf's in nanoseconds or bytes a second.
