@@ -45,16 +45,21 @@ pub(crate) struct Job {
     pub(crate) buffer: Vec<u8>,
     /// Whether the memory is written, not read.
     pub(crate) write: bool,
+    /// Found in vain: there is no such memory any more. The engine itself must not look: that takes
+    /// the lock of a process's memory map, which is held while one of its pages comes late.
+    pub(crate) gone: bool,
 }
 
 impl Job {
     /// Makes the copy; false if any byte cannot be reached.
     pub(crate) fn run(&mut self) -> bool {
-        if self.write {
+        let good = if self.write {
             self.memory.write(self.addr, &self.buffer)
         } else {
             self.memory.read(self.addr, &mut self.buffer)
-        }
+        };
+        self.gone = !good && self.memory.is_gone();
+        good
     }
 }
 
@@ -66,6 +71,8 @@ pub(crate) type Run = Arc<dyn Fn(&mut Job) -> bool + Send + Sync>;
 pub(crate) enum Failed {
     /// A byte cannot be reached.
     Fault,
+    /// None can: the process is dead, or executes another program.
+    Gone,
     /// It did not come in time.
     Late,
     /// All copiers wait for memory that does not come.
@@ -269,7 +276,11 @@ impl Copiers {
             }
             Copiers::Threads(threads) => threads.copy(job, patience)?,
         };
-        good.then_some(job.buffer).ok_or(Failed::Fault)
+        match (good, job.gone) {
+            (true, _) => Ok(job.buffer),
+            (false, true) => Err(Failed::Gone),
+            (false, false) => Err(Failed::Fault),
+        }
     }
 }
 
@@ -326,6 +337,7 @@ mod tests {
             addr,
             buffer: vec![0; 8],
             write: false,
+            gone: false,
         }
     }
 

@@ -377,6 +377,7 @@ impl Engine {
             addr,
             buffer,
             write,
+            gone: false,
         };
         let began = Instant::now();
         let result = self.copiers.copy(job, &mut e.patience);
@@ -384,6 +385,10 @@ impl Engine {
         match result {
             Ok(buffer) => Some(buffer),
             Err(Failed::Fault) => None,
+            Err(Failed::Gone) => {
+                self.sessions.get_mut(session)?.memory_gone = true;
+                None
+            }
             Err(Failed::NoCopier) => {
                 e.counters.late_memory += 1;
                 None

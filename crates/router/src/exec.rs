@@ -10,7 +10,6 @@ use freeflow_types::{
 use crate::EndReason;
 use crate::data::{Atomic, Fault, Source, Span};
 use crate::engine::{Engine, TURN_BYTES};
-use crate::foreign::ForeignMemory;
 use crate::objects::{Current, QpObject, Waiting};
 
 /// A send request, copied out of the ring once.
@@ -309,11 +308,12 @@ impl Engine {
         (connected && p.remote.is_none() && p.transport.may_receive()).then_some(p)
     }
 
-    /// Whether the process of a queue pair is dead, as its own memory shows: its session will end.
+    /// Whether the process of a queue pair is dead, as its own memory has shown: its session will
+    /// end.
     fn has_died(&self, qp: Handle) -> bool {
         let session = self.qps.get(qp).map(|q| q.session);
-        let memory = session.and_then(|s| self.sessions.get(s)?.memory.as_ref());
-        memory.is_some_and(ForeignMemory::is_gone)
+        let session = session.and_then(|s| self.sessions.get(s));
+        session.is_some_and(|s| s.memory_gone)
     }
 
     /// The program asked the send queue to drain.

@@ -118,6 +118,7 @@ impl Engine {
             slabs,
             segments: Areas::segments(),
             memory: None,
+            memory_gone: false,
             slots: Vec::new(),
             free_slots: VecDeque::new(),
             keys: Default::default(),

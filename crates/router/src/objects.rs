@@ -119,6 +119,8 @@ pub(crate) struct Session {
     pub(crate) slabs: Areas,
     pub(crate) segments: Areas,
     pub(crate) memory: Option<ForeignMemory>,
+    /// That was found to be no more: the process is dead, and its session will end.
+    pub(crate) memory_gone: bool,
     /// Queues by their slot in the dirty map.
     pub(crate) slots: Vec<Option<Slot>>,
     pub(crate) free_slots: VecDeque<u32>,
