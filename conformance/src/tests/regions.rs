@@ -193,13 +193,14 @@ fn concurrent_writes_survive_registration(env: &Env) -> Outcome {
     use std::sync::atomic::{AtomicBool, Ordering};
     let end = End::open(env, false, &Spec::rc())?;
     let buf = Arc::new(Buf::new(16 * 4096)?);
-    let stop = AtomicBool::new(false);
+    let (began, stop) = (AtomicBool::new(false), AtomicBool::new(false));
     std::thread::scope(|scope| -> Outcome {
         let writer = scope.spawn(|| -> Outcome<u64> {
             let mut n = 0;
             // Relaxed: only the end matters.
             while !stop.load(Ordering::Relaxed) {
                 n += 1;
+                began.store(true, Ordering::Relaxed);
                 for page in 0..16 {
                     buf.store(page * 4096 + 64, n)?;
                 }
@@ -209,6 +210,10 @@ fn concurrent_writes_survive_registration(env: &Env) -> Outcome {
             }
             Ok(n)
         });
+        // Registering may take less time than a thread to start.
+        while !began.load(Ordering::Relaxed) && !writer.is_finished() {
+            std::thread::yield_now();
+        }
         let mut made = Ok(());
         for _ in 0..env.many(20_000).min(300) {
             let mr = registered(&end.pd, &buf, 100, 15 * 4096);
