@@ -20,6 +20,7 @@ use freeflow_session::Handle;
 use freeflow_transport::{Connection, MAX_SEGMENT, Requester, RequesterEvent, Responder};
 use freeflow_types::{Gid, Mtu, QpState, QpType};
 use freeflow_wire::{DEFAULT_PKEY, Headers, tenant_pkey};
+use rustc_hash::FxHashSet;
 use rustix::event::epoll::{self, EventData, EventFlags};
 
 use crate::data::Span;
@@ -39,11 +40,11 @@ const PACKETS_PER_STEP: u32 = 64;
 /// Packets that came early and are held for one queue pair.
 const MAX_HELD: usize = 448;
 
-/// How long a network is lively after a packet, in nanoseconds.
-const LIVELY_NS: u64 = 1_000_000;
-
 /// Bytes of these.
 const MAX_HELD_BYTES: usize = 1 << 20;
+
+/// How long a network is lively after a packet, in nanoseconds.
+const LIVELY_NS: u64 = 1_000_000;
 
 /// Numbers that a router gives its packets in IPv4's identification, of which the packet's CRC
 /// tells: any other is taken for damage.
@@ -76,7 +77,7 @@ pub(crate) struct Remote {
     next: u64,
     /// Packets that came early.
     held: BTreeMap<u64, (Headers, Vec<u8>)>,
-    /// Bytes of these, at least.
+    /// Bytes of these.
     held_bytes: usize,
     events: Vec<RequesterEvent>,
 }
@@ -141,7 +142,7 @@ pub(crate) struct Network {
     /// Whether the sockets have no room.
     full: bool,
     /// Queue pairs that wait until the sockets have room.
-    blocked: Vec<Handle>,
+    blocked: FxHashSet<Handle>,
     spare: Vec<Request>,
     departed: departed::Departed,
     pub(crate) drops: Drops,
@@ -176,7 +177,7 @@ impl Network {
     /// Whether a queue pair must wait until the sockets have room; it is told when they have.
     pub(crate) fn waits_for_room(&mut self, qp: Handle) -> bool {
         if self.full {
-            self.blocked.push(qp);
+            self.blocked.insert(qp);
         }
         self.full
     }
@@ -443,7 +444,6 @@ impl Engine {
 
     /// Does the next thing there is to do for a queue pair whose peer is on another host.
     pub(crate) fn remote_step(&mut self, qp: Handle) -> Step {
-        let now = self.now;
         let Some(q) = self.qps.get_mut(qp) else {
             return Step::Nothing;
         };
@@ -455,9 +455,7 @@ impl Engine {
             return Step::Nothing;
         };
         let mut step = Step::Nothing;
-        if fabric.has_unsent() && matches!(fabric.flush(now), Ok(Progress::Blocked)) {
-            self.network.blocked.push(qp);
-        } else {
+        if !self.network.waits_for_room(qp) {
             let sent = self.answer(qp, &mut remote, &mut fabric);
             step = self.request(qp, &mut remote, &mut fabric).or(sent);
         }
@@ -485,8 +483,8 @@ impl Engine {
         }
     }
 
-    /// Adds a packet with the bytes of spans to what is to be sent; false if it could not be. It is
-    /// then as good as lost.
+    /// Adds a packet to what is sent after this round. One for which there is no room, or no way, is
+    /// as good as lost.
     fn push(
         &mut self,
         fabric: &mut RoceFabric,
@@ -499,7 +497,7 @@ impl Engine {
             let pushed = fabric.push(to, headers, len, |room| self.fill(bytes, room));
             match pushed {
                 Err(PushError::Full) => {
-                    let _ = fabric.flush(self.now);
+                    self.network.full = matches!(fabric.flush(self.now), Ok(Progress::Blocked));
                 }
                 Err(PushError::Payload(unreadable)) => return Err(unreadable),
                 _ => break,

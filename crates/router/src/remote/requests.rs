@@ -120,13 +120,14 @@ impl Engine {
             if q.transport.state() != QpState::Rts {
                 break;
             }
+            // Read once: the program may write it meanwhile.
             let waiting = rings.send_produced().wrapping_sub(q.send_head);
             if waiting > q.send_entries() {
                 let (session, qpn) = (q.session, q.qpn.get());
                 self.condemn(session, EndReason::SendIndex { qpn, waiting });
                 break;
             }
-            if rings.send_produced() == remote.next {
+            if remote.next.wrapping_sub(q.send_head) >= waiting {
                 break;
             }
             let mut request = self.network.spare.pop().unwrap_or_default();

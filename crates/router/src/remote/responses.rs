@@ -73,14 +73,14 @@ impl Engine {
     fn on_request(&mut self, qp: Handle, remote: &mut Remote, headers: &Headers, payload: &[u8]) {
         self.judge(qp, remote, headers, payload);
         while let Some(number) = remote.responder.next_held() {
-            remote.held = remote.held.split_off(&number);
-            let Some((headers, payload)) = remote.held.remove(&number) else {
+            let due = remote.held.remove(&number);
+            let later = remote.held.split_off(&number);
+            let passed = std::mem::replace(&mut remote.held, later);
+            let gone = passed.values().chain(&due);
+            remote.held_bytes -= gone.map(|(_, payload)| payload.len()).sum::<usize>();
+            let Some((headers, payload)) = due else {
                 break;
             };
-            remote.held_bytes = remote.held_bytes.saturating_sub(payload.len());
-            if remote.held.is_empty() {
-                remote.held_bytes = 0;
-            }
             self.judge(qp, remote, &headers, &payload);
         }
     }
@@ -96,7 +96,8 @@ impl Engine {
                     && remote.held_bytes + payload.len() <= MAX_HELD_BYTES =>
             {
                 remote.held_bytes += payload.len();
-                remote.held.insert(number, (*headers, payload.to_vec()));
+                let before = remote.held.insert(number, (*headers, payload.to_vec()));
+                remote.held_bytes -= before.map_or(0, |(_, payload)| payload.len());
                 remote.responder.hold(number);
             }
             Verdict::Invalid => self.nak(qp, Nak::InvalidRequest.event()),
