@@ -45,6 +45,8 @@ mod srq_tests;
 #[cfg(test)]
 mod stock_tests;
 mod table;
+#[cfg(test)]
+mod testbed;
 #[cfg(feature = "testing")]
 #[doc(hidden)]
 pub mod testing;

@@ -14,7 +14,7 @@ use freeflow_wire::{Bth, BthOpcode, Headers};
 use rustix::io::Errno;
 
 use crate::remote::{Drops, Map};
-use crate::srq_tests::{Cq, Host, Made, Process, Srq};
+use crate::testbed::{Cq, Host, Made, Process, Srq};
 use crate::{EndpointSpec, Hosts, RouterError};
 
 const QKEY: u32 = 0x1111;
