@@ -12,7 +12,9 @@ use freeflow_session::{
 use freeflow_shm::{
     CompletionEntry, CqRing, Mapping, QpGeometry, QpRings, RecvEntry, Region, SendEntry, Sge,
 };
-use freeflow_types::{Access, AddressVector, Gid, Mtu, QpAttr, QpAttrMask, QpCap, QpState, QpType};
+use freeflow_types::{
+    Access, AddressVector, Gid, Mtu, Opcode, QpAttr, QpAttrMask, QpCap, QpState, QpType,
+};
 
 use crate::raw::Raw;
 
@@ -182,6 +184,14 @@ impl Rig {
             send: 0,
             recv: 0,
         })
+    }
+
+    /// Two reliable queue pairs that are connected to each other.
+    pub fn pair(&mut self) -> Result<(RawQp, RawQp)> {
+        let a = self.qp(QpType::Rc, CAP)?;
+        let b = self.qp(QpType::Rc, CAP)?;
+        join((self, &a), (self, &b))?;
+        Ok((a, b))
     }
 
     /// Brings a connected queue pair to RTS towards a peer.
@@ -395,6 +405,17 @@ pub fn datagrams(qkey: u32) -> [(QpAttr, QpAttrMask); 3] {
         (step(QpState::Rtr), Mask::STATE),
         (step(QpState::Rts), Mask::STATE | Mask::SQ_PSN),
     ]
+}
+
+/// A write of one element to an address.
+pub fn write(rkey: u32, remote_addr: u64) -> SendEntry {
+    SendEntry {
+        opcode: Opcode::RdmaWrite.raw() as u8,
+        num_sge: 1,
+        rkey,
+        remote_addr,
+        ..SendEntry::default()
+    }
 }
 
 /// Connects two queue pairs with each other.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use freeflow_api::{ControlAnswer, Operation};
 use freeflow_session::{PieceDesc, PieceKind, RegMr, Reply, Request, Translation};
 use freeflow_shm::SendEntry;
-use freeflow_tests::rig::{CAP, IOVA, Rig, all_rights, join};
+use freeflow_tests::rig::{CAP, IOVA, Rig, all_rights, join, write};
 use freeflow_tests::{DEADLINE, StuckFile, skip};
 use freeflow_types::{Opcode, QpType, WcStatus};
 use rustix::fs::{FallocateFlags, fallocate};
@@ -16,33 +16,14 @@ use rustix::io::Errno;
 
 use crate::scene::Scene;
 
-/// A write of one element to a region's start.
-fn write(rkey: u32) -> SendEntry {
-    SendEntry {
-        opcode: Opcode::RdmaWrite.raw() as u8,
-        num_sge: 1,
-        rkey,
-        remote_addr: IOVA,
-        ..SendEntry::default()
-    }
-}
-
 #[test]
 fn pages_that_are_freed_or_punched_under_traffic_harm_nobody() {
     let scene = Scene::new();
     let mut rig = scene.rig();
-    let mut a = rig.qp(QpType::Rc, CAP).unwrap();
-    let b = rig.qp(QpType::Rc, CAP).unwrap();
-    join((&rig, &a), (&rig, &b)).unwrap();
+    let (mut a, _b) = rig.pair().unwrap();
     let (segment, offset) = rig.pages;
     let half = rig.len / 2;
-    let write = SendEntry {
-        opcode: Opcode::RdmaWrite.raw() as u8,
-        num_sge: 1,
-        rkey: rig.key,
-        remote_addr: IOVA + half,
-        ..SendEntry::default()
-    };
+    let write = write(rig.key, IOVA + half);
     let (_, fd) = rig.raw.segment(segment).unwrap();
     let fd = fd.try_clone_to_owned().unwrap();
     let stop = AtomicBool::new(false);
@@ -115,9 +96,7 @@ fn requests_at_the_ends_of_all_numbers_are_refused_with_their_status() {
     ];
     for (opcode, remote_addr, length, status) in cases {
         let mut rig = scene.rig();
-        let mut a = rig.qp(QpType::Rc, CAP).unwrap();
-        let b = rig.qp(QpType::Rc, CAP).unwrap();
-        join((&rig, &a), (&rig, &b)).unwrap();
+        let (mut a, _b) = rig.pair().unwrap();
         let entry = SendEntry {
             opcode: opcode.raw() as u8,
             num_sge: 1,
@@ -143,16 +122,8 @@ fn requests_at_the_ends_of_all_numbers_are_refused_with_their_status() {
     ];
     for (addr, length, other_key) in locals {
         let mut rig = scene.rig();
-        let mut a = rig.qp(QpType::Rc, CAP).unwrap();
-        let b = rig.qp(QpType::Rc, CAP).unwrap();
-        join((&rig, &a), (&rig, &b)).unwrap();
-        let entry = SendEntry {
-            opcode: Opcode::RdmaWrite.raw() as u8,
-            num_sge: 1,
-            rkey: rig.key,
-            remote_addr: IOVA,
-            ..SendEntry::default()
-        };
+        let (mut a, _b) = rig.pair().unwrap();
+        let entry = write(rig.key, IOVA);
         let mut sge = rig.sge(0, length);
         sge.addr = addr;
         sge.lkey ^= other_key << 16;
@@ -205,16 +176,8 @@ fn own_memory_that_goes_away_fails_the_request_alone() {
         WcStatus::LocProtErr,
         WcStatus::LocProtErr,
     ]) {
-        let mut a = rig.qp(QpType::Rc, CAP).unwrap();
-        let b = rig.qp(QpType::Rc, CAP).unwrap();
-        join((&rig, &a), (&rig, &b)).unwrap();
-        let entry = SendEntry {
-            opcode: Opcode::RdmaWrite.raw() as u8,
-            num_sge: 1,
-            rkey: rig.key,
-            remote_addr: IOVA,
-            ..SendEntry::default()
-        };
+        let (mut a, _b) = rig.pair().unwrap();
+        let entry = write(rig.key, IOVA);
         let mut sge = rig.sge(0, 64);
         sge.lkey = key;
         rig.send(&mut a, &entry, &[sge]).unwrap();
@@ -266,7 +229,7 @@ fn memory_that_does_not_come_ends_its_session_alone() {
         let gid = scene.rig().gid();
         peer.connect(&b, gid, qpn.parse().unwrap()).unwrap();
         if by_peer {
-            let entry = write(key.parse().unwrap());
+            let entry = write(key.parse().unwrap(), IOVA);
             let sge = peer.sge(0, 64);
             peer.send(&mut b, &entry, &[sge]).unwrap();
             let done = peer.completion(DEADLINE).unwrap();
@@ -296,7 +259,7 @@ fn memory_that_does_not_come_ends_its_session_alone() {
         let mut c = peer.qp(QpType::Rc, CAP).unwrap();
         let d = peer.qp(QpType::Rc, CAP).unwrap();
         join((&peer, &c), (&peer, &d)).unwrap();
-        let entry = write(good.key.0);
+        let entry = write(good.key.0, IOVA);
         let sge = peer.sge(0, 64);
         peer.send(&mut c, &entry, &[sge]).unwrap();
         assert_eq!(peer.completion(DEADLINE).unwrap().status, 0);

@@ -3,10 +3,10 @@
 use std::sync::atomic::Ordering;
 
 use freeflow_session::{ExchangeSlots, REGION_SLOTS, RegionSlot, Reply, Request};
-use freeflow_shm::{Region, RegionEntry, RegionTable, SendEntry};
+use freeflow_shm::{Region, RegionEntry, RegionTable};
 use freeflow_tests::DEADLINE;
-use freeflow_tests::rig::{CAP, IOVA, RawQp, Rig, all_rights, join};
-use freeflow_types::{Access, Opcode, QpType, WcStatus};
+use freeflow_tests::rig::{CAP, IOVA, Rig, all_rights, join, write};
+use freeflow_types::{Access, QpType, WcStatus};
 
 use crate::rings::Numbers;
 use crate::scene::Scene;
@@ -38,23 +38,6 @@ fn whole(rig: &Rig) -> RegionEntry {
     }
 }
 
-fn pair(rig: &mut Rig) -> (RawQp, RawQp) {
-    let a = rig.qp(QpType::Rc, CAP).unwrap();
-    let b = rig.qp(QpType::Rc, CAP).unwrap();
-    join((rig, &a), (rig, &b)).unwrap();
-    (a, b)
-}
-
-fn write_to(rkey: u32) -> SendEntry {
-    SendEntry {
-        opcode: Opcode::RdmaWrite.raw() as u8,
-        num_sge: 1,
-        rkey,
-        remote_addr: IOVA,
-        ..SendEntry::default()
-    }
-}
-
 #[test]
 fn a_region_that_cannot_be_ends_the_session() {
     let scene = Scene::new();
@@ -67,13 +50,14 @@ fn a_region_that_cannot_be_ends_the_session() {
     ];
     for change in bad {
         let mut rig = scene.rig();
-        let (mut a, _b) = pair(&mut rig);
+        let (mut a, _b) = rig.pair().unwrap();
         let (slots, memory) = exchange(&mut rig, Vec::new(), 1);
         let mut entry = whole(&rig);
         change(&mut entry);
         table(&memory).register(slots[0].slot, slots[0].key.0, &entry);
         let sge = rig.sge(0, 64);
-        rig.send(&mut a, &write_to(slots[0].key.0), &[sge]).unwrap();
+        rig.send(&mut a, &write(slots[0].key.0, IOVA), &[sge])
+            .unwrap();
         let RegionEntry { len, offset, .. } = entry;
         scene.ended(&format!("one of {len} bytes")).unwrap();
         scene.ended(&format!("offset {offset:#x}")).unwrap();
@@ -100,7 +84,7 @@ fn a_region_of_the_table_is_its_own_sessions() {
     join((&sender, &a), (&peer, &b)).unwrap();
     let sge = sender.sge(0, 64);
     sender
-        .send(&mut a, &write_to(slots[0].key.0), &[sge])
+        .send(&mut a, &write(slots[0].key.0, IOVA), &[sge])
         .unwrap();
     let failed = sender.completion(DEADLINE).unwrap();
     assert_eq!(failed.status, WcStatus::RemAccessErr.raw() as u8);
@@ -114,7 +98,7 @@ fn any_words_in_the_table_harm_nobody_else() {
     let mut numbers = Numbers(11);
     for round in 0..16 {
         let mut rig = scene.rig();
-        let (mut a, _b) = pair(&mut rig);
+        let (mut a, _b) = rig.pair().unwrap();
         let (slots, memory) = exchange(&mut rig, Vec::new(), 64);
         for slot in &slots {
             table(&memory).register(slot.slot, slot.key.0, &whole(&rig));
@@ -134,7 +118,7 @@ fn any_words_in_the_table_harm_nobody_else() {
         }
         for slot in slots.iter().take(32) {
             let sge = rig.sge(0, 64);
-            let _ = rig.send(&mut a, &write_to(slot.key.0), &[sge]);
+            let _ = rig.send(&mut a, &write(slot.key.0, IOVA), &[sge]);
         }
         // It may be ended or not, but the router answers.
         let back = slots.iter().map(|s| s.slot).chain([REGION_SLOTS, 9, 9]);

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use freeflow_session::Request;
 use freeflow_shm::{AtomicU64, SendEntry, Sge};
 use freeflow_tests::DEADLINE;
-use freeflow_tests::rig::{CAP, IOVA, RawQp, Rig, datagrams, join};
+use freeflow_tests::rig::{CAP, IOVA, Rig, datagrams, join, write};
 use freeflow_types::{Opcode, QpType, WcStatus};
 use rustix::io::Errno;
 
@@ -21,14 +21,6 @@ impl Numbers {
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB)
     }
-}
-
-/// Two connected queue pairs of one session.
-fn pair(rig: &mut Rig) -> (RawQp, RawQp) {
-    let a = rig.qp(QpType::Rc, CAP).unwrap();
-    let b = rig.qp(QpType::Rc, CAP).unwrap();
-    join((rig, &a), (rig, &b)).unwrap();
-    (a, b)
 }
 
 const SEND_PRODUCED: usize = 0;
@@ -46,7 +38,7 @@ fn a_send_index_that_runs_away_ends_the_session() {
     let scene = Scene::new();
     for claim in [65, 1 << 31, u64::MAX, u64::MAX - 64] {
         let mut rig = scene.rig();
-        let (a, _b) = pair(&mut rig);
+        let (a, _b) = rig.pair().unwrap();
         poke(a.region.words(), SEND_PRODUCED, claim);
         rig.raw.mark(a.made.slot);
         scene
@@ -86,7 +78,7 @@ fn indices_that_go_back_and_random_slots_harm_nobody_else() {
     let mut numbers = Numbers(7);
     for round in 0..24 {
         let mut rig = scene.rig();
-        let (a, b) = pair(&mut rig);
+        let (a, b) = rig.pair().unwrap();
         let ud = rig.qp(QpType::Ud, CAP).unwrap();
         for (attr, mask) in datagrams(5) {
             rig.modify(&ud, attr, mask).unwrap();
@@ -124,7 +116,7 @@ fn a_completion_ring_with_garbage_is_full() {
     let scene = Scene::new();
     for consumed in [1 << 40, 1 << 63, 17] {
         let mut rig = Rig::with(&scene.hostile.socket, 4096, 16).unwrap();
-        let (mut a, mut b) = pair(&mut rig);
+        let (mut a, mut b) = rig.pair().unwrap();
         {
             const CONSUMED: usize = 8;
             const ARMED: usize = 16;
@@ -183,7 +175,7 @@ fn spinning_marks_and_doorbells_do_not_stop_others() {
 fn a_doorbell_that_is_full_or_blocks_stops_nobody() {
     let scene = Scene::new();
     let mut rig = scene.rig();
-    let (a, _b) = pair(&mut rig);
+    let (a, _b) = rig.pair().unwrap();
     let bell = std::os::fd::AsFd::as_fd(&rig.raw.doorbell);
     // To the brim, then made to block: whoever writes or reads it now waits.
     rustix::io::write(bell, &(u64::MAX - 1).to_ne_bytes()).unwrap();
@@ -197,13 +189,7 @@ fn a_doorbell_that_is_full_or_blocks_stops_nobody() {
     // Emptied, it rings again.
     let mut count = [0; 8];
     rustix::io::read(bell, &mut count).unwrap();
-    let entry = SendEntry {
-        opcode: Opcode::RdmaWrite.raw() as u8,
-        num_sge: 1,
-        rkey: rig.key,
-        remote_addr: IOVA + 64,
-        ..SendEntry::default()
-    };
+    let entry = write(rig.key, IOVA + 64);
     let mut a = a;
     let sge = rig.sge(0, 64);
     rig.send(&mut a, &entry, &[sge]).unwrap();
@@ -217,14 +203,8 @@ fn a_doorbell_that_is_full_or_blocks_stops_nobody() {
 fn requests_that_change_while_they_are_read_stay_in_their_bounds() {
     let scene = Scene::new();
     let mut rig = scene.rig();
-    let (mut a, b) = pair(&mut rig);
-    let good = SendEntry {
-        opcode: Opcode::RdmaWrite.raw() as u8,
-        num_sge: 1,
-        rkey: rig.key,
-        remote_addr: IOVA + 4096,
-        ..SendEntry::default()
-    };
+    let (mut a, b) = rig.pair().unwrap();
+    let good = write(rig.key, IOVA + 4096);
     let stop = AtomicBool::new(false);
     let region = a.region.clone();
     let until = Instant::now() + Duration::from_secs(3);
