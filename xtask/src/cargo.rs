@@ -1,7 +1,7 @@
 //! Running cargo and other commands of the build.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
@@ -34,4 +34,28 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     } else {
         bail!("{line}: {status}")
     }
+}
+
+/// Installs a tool of cargo's, `cargo-NAME`, if there is none.
+pub(crate) fn install(name: &str, version: &str) -> Result<()> {
+    let have = Command::new(name)
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    if have {
+        return Ok(());
+    }
+    println!("installing {name} {version}");
+    let version = format!("^{version}");
+    run(&mut cargo(&[
+        "install",
+        "--quiet",
+        "--locked",
+        name,
+        "--version",
+        &version,
+    ]))
+    .with_context(|| format!("cannot install {name}"))
 }

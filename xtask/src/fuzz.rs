@@ -1,11 +1,11 @@
 //! `cargo xtask fuzz`: libFuzzer on the bodies of `fuzz/bodies`, for as long as one likes.
 
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::cargo::{cargo, root, run};
+use crate::cargo::{cargo, install, root, run};
 
 /// Version of cargo-fuzz.
 const CARGO_FUZZ: &str = "0.13";
@@ -27,7 +27,7 @@ pub(crate) struct FuzzArgs {
 
 /// Fuzzes; a crash is an error, and its input is in `fuzz/artifacts`.
 pub(crate) fn fuzz(args: &FuzzArgs) -> Result<()> {
-    install()?;
+    install("cargo-fuzz", CARGO_FUZZ)?;
     let all = targets()?;
     let wanted: Vec<_> = match &args.target {
         Some(target) if !all.contains(target) => {
@@ -97,20 +97,4 @@ fn targets() -> Result<Vec<String>> {
     let mut all: Vec<_> = entries.filter_map(name).collect();
     all.sort();
     Ok(all)
-}
-
-fn install() -> Result<()> {
-    let have = Command::new("cargo-fuzz")
-        .arg("--version")
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .is_ok_and(|status| status.success());
-    if !have {
-        println!("installing cargo-fuzz {CARGO_FUZZ}");
-        let version = format!("^{CARGO_FUZZ}");
-        run(cargo(&["install", "--quiet", "--locked", "cargo-fuzz", "--version"]).arg(version))
-            .context("cannot install cargo-fuzz")?;
-    }
-    Ok(())
 }

@@ -1,12 +1,11 @@
 //! `cargo xtask test`: the whole suite.
 
-use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::Args;
 
-use crate::cargo::{cargo, run, target};
+use crate::cargo::{self, cargo, run, target};
 use crate::{dist, packages};
 
 /// Version of the licence and dependency checker.
@@ -116,18 +115,7 @@ fn install() -> Result<()> {
 
 /// Licences, sources and duplicates of dependencies.
 fn deny() -> Result<()> {
-    let have = Command::new("cargo-deny")
-        .arg("--version")
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .is_ok_and(|status| status.success());
-    if !have {
-        println!("installing cargo-deny {CARGO_DENY}");
-        let version = format!("^{CARGO_DENY}");
-        run(cargo(&["install", "--quiet", "--locked", "cargo-deny", "--version"]).arg(version))
-            .context("cannot install cargo-deny")?;
-    }
+    cargo::install("cargo-deny", CARGO_DENY)?;
     // Advisories need a database from the network; they are checked where that is at hand.
     run(&mut cargo(&[
         "deny",
