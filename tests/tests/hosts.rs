@@ -49,6 +49,15 @@ each_mtu!(pingpongs, hosts => {
     }
 });
 
+each_mtu!(shared_queues, hosts => {
+    for (program, said) in [("ibv_srq_pingpong", " iters in "), ("ibv_xsrq_pingpong", "success")] {
+        if have(program) {
+            let (_, client) = hosts.pair(program, &["-g", "0", "-n", "500"]).unwrap();
+            assert!(client.stdout.contains(said), "{client}");
+        }
+    }
+});
+
 each_mtu!(sends, hosts => {
     ways(&hosts, "ib_send_bw", &[
         "-a -n 100",
