@@ -39,6 +39,8 @@ mod remote;
 mod sandbox;
 mod serve;
 mod server;
+#[cfg(test)]
+mod server_tests;
 mod srq;
 #[cfg(test)]
 mod srq_tests;
@@ -50,6 +52,7 @@ mod testbed;
 #[cfg(feature = "testing")]
 #[doc(hidden)]
 pub mod testing;
+mod turns;
 mod watch;
 mod windows;
 mod xrc;

@@ -22,6 +22,7 @@ use crate::control::Answer;
 use crate::objects::Peer;
 use crate::sandbox::Job;
 use crate::serve::Shared;
+use crate::turns::Turns;
 
 /// Descriptors kept for connections when there are no others, so that they can be told.
 const RESERVE: usize = 16;
@@ -31,6 +32,11 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// When there are no tokens for control verbs at all, somebody may have changed that.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
+
+const NO_TIME: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 0,
+};
 
 /// Bytes of answers that wait to be read: a few, as the library reads one before it asks for the
 /// next. (The kernel makes more of it.)
@@ -67,6 +73,22 @@ impl Watched {
     }
 }
 
+/// Something that an endpoint's turn is for.
+enum Ready {
+    /// Somebody connects to its socket.
+    Connect,
+    /// A connection has a message, or ended.
+    Message(u32),
+    /// The process at the other end of a connection is gone.
+    Exit(u32),
+}
+
+/// An event comes once, until it is asked for again: what waits for its turn is not told of anew.
+const ONCE: EventFlags = EventFlags::IN.union(EventFlags::ONESHOT);
+
+/// Events that are taken out of the kernel at once.
+const EVENTS: usize = 256;
+
 type Sockets = Arc<Mutex<HashMap<Handle, OwnedFd>>>;
 
 /// Where endpoints' sockets are added to a running server.
@@ -85,7 +107,7 @@ impl Listeners {
         // Connections inherit it. An older kernel passes them; they are refused on arrival.
         let _ = refuse_descriptors(&socket);
         let data = Watched::Listener(endpoint).data();
-        epoll::add(&*self.epoll, &socket, data, EventFlags::IN)?;
+        epoll::add(&*self.epoll, &socket, data, ONCE)?;
         self.lock().insert(endpoint, socket);
         Ok(())
     }
@@ -102,11 +124,11 @@ impl Listeners {
         rustix::net::accept_with(listener, flags)
     }
 
-    /// Looks for connections to an endpoint, or no longer.
-    fn watch(&self, endpoint: Handle, flags: EventFlags) {
+    /// Looks for the next connection to an endpoint.
+    fn watch(&self, endpoint: Handle) {
         if let Some(listener) = self.lock().get(&endpoint) {
             let data = Watched::Listener(endpoint).data();
-            let _ = epoll::modify(&*self.epoll, listener, data, flags);
+            let _ = epoll::modify(&*self.epoll, listener, data, ONCE);
         }
     }
 }
@@ -119,6 +141,7 @@ pub(crate) struct Server {
     _stop: OwnedFd,
     listeners: Listeners,
     connections: Connections,
+    turns: Turns<Ready>,
     reserve: Vec<OwnedFd>,
     /// Endpoints whose sockets are left alone until then.
     paused: Option<(Instant, Vec<Handle>)>,
@@ -142,6 +165,7 @@ impl Server {
             _stop: stop,
             listeners: listeners.clone(),
             connections: Connections::default(),
+            turns: Turns::default(),
             reserve: Vec::new(),
             paused: None,
             delayed: BTreeSet::new(),
@@ -155,20 +179,15 @@ impl Server {
         if confined {
             self.shared.confine(Job::Control);
         }
-        loop {
-            let mut events = [const { std::mem::MaybeUninit::uninit() }; 64];
-            let timeout = self.timeout();
-            let ready: Vec<_> = match epoll::wait(&*self.epoll, &mut events, timeout.as_ref()) {
-                Ok((ready, _)) => ready.iter().map(|e| e.data.u64()).collect(),
-                Err(Errno::INTR) => continue,
-                Err(_) => return,
-            };
-            for data in ready {
-                match Watched::from_data(data) {
-                    Watched::Stop => return,
-                    Watched::Listener(endpoint) => self.accept(endpoint),
-                    Watched::Connection(number) => self.serve(number),
-                    Watched::Process(number) => self.close(number, EndReason::ProcessExited),
+        while self.collect() {
+            // What comes meanwhile has its turn in the next round: nobody waits for more than one
+            // thing of each other endpoint that is done, and one of each that waits.
+            for _ in 0..self.turns.round() {
+                match self.turns.next() {
+                    Some((endpoint, Ready::Connect)) => self.accept(endpoint),
+                    Some((_, Ready::Message(number))) => self.serve(number),
+                    Some((_, Ready::Exit(number))) => self.close(number, EndReason::ProcessExited),
+                    None => break,
                 }
             }
             let now = Instant::now();
@@ -180,12 +199,41 @@ impl Server {
         }
     }
 
+    /// Gives a turn to all that is ready, and waits for that if nothing has one; false if the
+    /// thread is to end.
+    fn collect(&mut self) -> bool {
+        let mut timeout = match self.turns.round() {
+            0 => self.timeout(),
+            _ => Some(NO_TIME),
+        };
+        let mut events = [const { std::mem::MaybeUninit::uninit() }; EVENTS];
+        loop {
+            let ready = match epoll::wait(&*self.epoll, &mut events, timeout.as_ref()) {
+                Ok((ready, _)) => ready,
+                Err(Errno::INTR) => continue,
+                Err(_) => return false,
+            };
+            for event in ready.iter() {
+                let of = |number| self.connections.get(number).map(|c| c.endpoint);
+                let turn = match Watched::from_data(event.data.u64()) {
+                    Watched::Stop => return false,
+                    Watched::Listener(endpoint) => Some((endpoint, Ready::Connect)),
+                    Watched::Connection(number) => of(number).map(|e| (e, Ready::Message(number))),
+                    Watched::Process(number) => of(number).map(|e| (e, Ready::Exit(number))),
+                };
+                if let Some((endpoint, ready)) = turn {
+                    self.turns.add(endpoint, ready);
+                }
+            }
+            if ready.len() < EVENTS {
+                return true;
+            }
+            timeout = Some(NO_TIME);
+        }
+    }
+
     /// Reads no more from a connection for now: not even its end is looked at, but its process's.
     fn delay(&mut self, number: u32, at: u64, now: u64) {
-        let Some(connection) = self.connections.get(number) else {
-            return;
-        };
-        let _ = epoll::delete(&*self.epoll, &connection.socket);
         // A rate of nothing may be changed.
         let again = now.saturating_add(ASK_AGAIN.as_nanos() as u64);
         let never = at == u64::MAX;
@@ -203,11 +251,7 @@ impl Server {
                 continue;
             };
             connection.granted = granted;
-            let data = Watched::Connection(number).data();
-            let added = epoll::add(&*self.epoll, &connection.socket, data, EventFlags::IN);
-            if added.is_err() {
-                self.close(number, EndReason::Closed);
-            }
+            self.turns.add(connection.endpoint, Ready::Message(number));
         }
     }
 
@@ -255,18 +299,19 @@ impl Server {
             }
             Ok(_) | Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
             Err(_) => {
-                self.listeners.watch(endpoint, EventFlags::empty());
                 let until = Instant::now() + PAUSE;
                 let (_, paused) = self.paused.get_or_insert_with(|| (until, Vec::new()));
                 paused.push(endpoint);
+                return;
             }
         }
+        self.listeners.watch(endpoint);
     }
 
     fn resume(&mut self, now: Instant) {
         if let Some((_, endpoints)) = self.paused.take_if(|(until, _)| *until <= now) {
             for endpoint in endpoints {
-                self.listeners.watch(endpoint, EventFlags::IN);
+                self.listeners.watch(endpoint);
             }
         }
     }
@@ -292,13 +337,14 @@ impl Server {
         ];
         let all = watched
             .into_iter()
-            .try_for_each(|(fd, what)| epoll::add(&*self.epoll, fd, what.data(), EventFlags::IN));
+            .try_for_each(|(fd, what)| epoll::add(&*self.epoll, fd, what.data(), ONCE));
         if all.is_err() {
             self.close(number, EndReason::Closed);
         }
         all
     }
 
+    /// Serves one message of a connection.
     fn serve(&mut self, number: u32) {
         let Some(connection) = self.connections.get_mut(number) else {
             return;
@@ -313,7 +359,7 @@ impl Server {
         let (socket, session) = (connection.socket.clone(), connection.session);
         let packet = match recv_plain(&*socket, &mut self.buffer, RecvFlags::DONTWAIT) {
             Ok(packet) => packet,
-            Err(Errno::AGAIN) => return,
+            Err(Errno::AGAIN) => return self.watch(number),
             Err(_) => return self.close(number, EndReason::Closed),
         };
         if packet.len == 0 {
@@ -337,10 +383,19 @@ impl Server {
                 }
                 // The library waits for each answer before it asks again: there is room for it.
                 if !send_answer(&socket, &answer) {
-                    self.close(number, EndReason::DoesNotRead);
+                    return self.close(number, EndReason::DoesNotRead);
                 }
             }
-            _ => self.close(number, EndReason::OutOfOrder),
+            _ => return self.close(number, EndReason::OutOfOrder),
+        }
+        self.watch(number);
+    }
+
+    /// Looks for a connection's next message.
+    fn watch(&mut self, number: u32) {
+        if let Some(connection) = self.connections.get(number) {
+            let data = Watched::Connection(number).data();
+            let _ = epoll::modify(&*self.epoll, &connection.socket, data, ONCE);
         }
     }
 
