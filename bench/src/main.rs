@@ -1,6 +1,7 @@
 //! Programs for `cargo xtask bench`, each run under `freeflow run`: what perftest does not
 //! measure. Each prints one line of JSON.
 
+mod control;
 mod memory;
 mod queue;
 
@@ -25,6 +26,10 @@ enum Measure {
     Cache,
     /// Queue pairs created, connected and destroyed, per second
     Setup,
+    /// Latency of control verbs that make and destroy protection domains, in us
+    Verbs,
+    /// Makes and destroys protection domains as fast as it can, until standard input ends
+    Flood,
     /// RDMA writes of 64 bytes between two queue pairs of this process beside idle ones: ns each
     Rate {
         /// Idle queue pairs
@@ -48,6 +53,8 @@ fn main() -> Result<()> {
         Measure::Register { mib } => memory::register(mib << 20)?,
         Measure::Cache => memory::cache()?,
         Measure::Setup => queue::setup()?,
+        Measure::Verbs => control::verbs()?,
+        Measure::Flood => control::flood()?,
         Measure::Rate { idle } => queue::rate(idle)?,
         Measure::Idle { qps, mrs } => queue::idle(qps, mrs)?,
     };

@@ -23,6 +23,9 @@ const IDLE_ENDPOINTS: usize = 64;
 const IDLE_QPS: usize = 16;
 const SCALE_QPS: usize = 160;
 const SCALE_MRS: usize = 1600;
+/// Programs that flood the router with control verbs, and the rate that their endpoint may have.
+const FLOODING: usize = 8;
+const FLOOD_RATE: &str = "control=1000/s";
 const IDLE_TIME: Duration = Duration::from_secs(10);
 
 #[derive(Args)]
@@ -363,6 +366,55 @@ impl Bench {
         Ok(())
     }
 
+    /// What a control verb waits for while another endpoint floods the router with them, with and
+    /// without a limit on that endpoint's rate.
+    fn flood(&mut self) -> Result<()> {
+        let flooding = self.bed.lasting_endpoint("flood")?;
+        let (mut alone, mut beside, mut limited) = (Vec::new(), Vec::new(), Vec::new());
+        // Alternating: what disturbs the machine disturbs all.
+        for _ in 0..self.runs {
+            alone.push(self.verbs()?);
+            for (quota, into) in [("control=none", &mut beside), (FLOOD_RATE, &mut limited)] {
+                let args = ["endpoint", "set", &flooding.name, "--quota", quota];
+                self.bed.call(&args)?.success()?;
+                let mut flood = Vec::new();
+                for _ in 0..FLOODING {
+                    let mut command = Command::new(&self.own);
+                    command.arg("flood");
+                    command.env("FREEFLOW_ENDPOINT", &flooding.socket);
+                    flood.push(Running::start_piped(&mut command)?);
+                }
+                for running in &flood {
+                    running.wait_for("ready", DEADLINE)?;
+                }
+                into.push(self.verbs()?);
+            }
+        }
+        let twice = Target::AtMost(2.0, "at most 2");
+        for (of, part) in ["P50", "P99"].into_iter().enumerate() {
+            let median = |all: &[[f64; 2]]| measure::median(all.iter().map(|us| us[of]).collect());
+            for (flood, all) in [
+                (format!("{FLOODING} that flood"), &beside),
+                (format!("{FLOODING} with {FLOOD_RATE}"), &limited),
+            ] {
+                self.row(
+                    format!("control verb beside {flood}, {part}"),
+                    (median(all), "us"),
+                    (format!("{part} alone"), median(&alone)),
+                    twice,
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// P50 and P99 of a control verb, in us.
+    fn verbs(&self) -> Result<[f64; 2]> {
+        let said = self.own(&["verbs"])?;
+        let get = |name: &str| said[name].as_f64().with_context(|| format!("no {name}"));
+        Ok([get("p50_us")?, get("p99_us")?])
+    }
+
     /// Processor time of a router with many idle queue pairs.
     fn idle(&mut self) -> Result<()> {
         let program = self.own.display().to_string();
@@ -419,12 +471,13 @@ fn cpu_seconds(pid: u32) -> Result<f64> {
 
 type Part = (&'static str, fn(&mut Bench) -> Result<()>);
 
-const PARTS: [Part; 9] = [
+const PARTS: [Part; 10] = [
     ("bandwidth", Bench::bandwidth),
     ("latency", Bench::latency),
     ("message rate", Bench::message_rate),
     ("registration", Bench::registration),
     ("control", Bench::control),
+    ("flood", Bench::flood),
     ("idle", Bench::idle),
     ("scale", Bench::scale),
     ("hosts", Bench::hosts),
