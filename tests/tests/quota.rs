@@ -84,6 +84,12 @@ fn all_sessions_of_an_endpoint_share_a_quota_that_can_be_changed() {
     set(&bed, &endpoint.name, "qps=0");
     assert_eq!(quota(&bed, &endpoint.name, "qps")["used"], 1);
     set(&bed, &endpoint.name, "qps=2");
+    // Also in the limits that a session is told when it asks again.
+    let (reply, _) = first.raw.call(&Request::QueryDevice).unwrap();
+    let Reply::Device(now) = reply else {
+        panic!("{reply:?}");
+    };
+    assert_eq!((now.limits.max_mr, now.limits.max_qp), (3, 2));
     second.qp(QpType::Rc, CAP).unwrap();
     drop(qp);
     // Nothing is left of ended sessions.

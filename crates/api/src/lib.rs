@@ -13,7 +13,7 @@ pub use control::{
     CONTROL_VERSION, ControlAnswer, ControlRequest, Envelope, MAX_CONTROL_BYTES, NewEndpoint,
     Operation,
 };
-pub use freeflow_policy::{Resource, Setting};
+pub use freeflow_policy::{Quota, Resource, Setting};
 pub use runtime::RuntimeDir;
 pub use status::{
     Counters, EndedSession, EndpointStatus, FabricStatus, PathStatus, QuotaStatus, RouterStatus,

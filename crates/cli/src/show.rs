@@ -4,8 +4,8 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use freeflow_api::{
-    ControlAnswer, EndpointStatus, FabricStatus, NewEndpoint, Operation, QuotaStatus, Resource,
-    RouterStatus, RuntimeDir, SessionStatus,
+    ControlAnswer, EndpointStatus, FabricStatus, NewEndpoint, Operation, Quota, QuotaStatus,
+    Resource, RouterStatus, RuntimeDir, SessionStatus,
 };
 
 use crate::client::{Client, unexpected};
@@ -147,7 +147,7 @@ fn bytes(n: u64) -> String {
 
 fn print_endpoints(endpoints: &[EndpointStatus]) {
     let mut rows = vec![row(&[
-        "NAME", "TENANT", "IP", "SESSIONS", "SENT", "RECEIVED", "FAILED",
+        "NAME", "TENANT", "IP", "SESSIONS", "SENT", "RECEIVED", "FAILED", "QUOTA",
     ])];
     for e in endpoints {
         let c = &e.counters;
@@ -159,9 +159,36 @@ fn print_endpoints(endpoints: &[EndpointStatus]) {
             &format!("{} ({})", c.sent_messages, bytes(c.sent_bytes)),
             &format!("{} ({})", c.received_messages, bytes(c.received_bytes)),
             &c.failed_requests.to_string(),
+            &special_quota(&e.quota),
         ]));
     }
     print_table(&rows);
+}
+
+/// Limits that are not the usual ones, or too low for somebody: the rest is `inspect`'s to show.
+fn special_quota(quota: &[QuotaStatus]) -> String {
+    let usual = Quota::default();
+    let special = quota.iter().filter(|q| {
+        let limit = q.limit.unwrap_or(u64::MAX);
+        limit != usual.limit(q.resource) || q.refused != 0
+    });
+    let one = |q: &QuotaStatus| {
+        let number = |n: u64| match q.resource {
+            Resource::Registered => bytes(n),
+            _ => n.to_string(),
+        };
+        let limit = q.limit.map_or_else(|| "none".to_owned(), number);
+        let name = q.resource.name();
+        let mut text = match q.resource {
+            Resource::Control => format!("{name} {limit}/s"),
+            _ => format!("{name} {} of {limit}", number(q.used)),
+        };
+        if q.refused != 0 {
+            text.push_str(&format!(" (refused {})", q.refused));
+        }
+        text
+    };
+    special.map(one).collect::<Vec<_>>().join(", ")
 }
 
 fn print_quota(quota: &[QuotaStatus]) {
@@ -257,6 +284,31 @@ pub(crate) fn endpoint(dir: &RuntimeDir, command: &EndpointCommand) -> Result<Ex
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_shown_that_are_not_the_usual_ones() {
+        let one = |resource, limit, used, refused| QuotaStatus {
+            resource,
+            used,
+            limit,
+            refused,
+        };
+        let usual = Quota::default().limit(Resource::Qps);
+        let all = [
+            one(Resource::Qps, Some(usual), 7, 0),
+            one(Resource::Cqs, Some(10), 3, 2),
+            one(Resource::Registered, Some(1 << 30), 2048, 0),
+            one(Resource::Outstanding, None, 500, 0),
+            one(Resource::Control, Some(1000), 0, 0),
+        ];
+        assert_eq!(
+            special_quota(&all),
+            "cqs 3 of 10 (refused 2), registered 2.0 KiB of 1.0 GiB, control 1000/s"
+        );
+        assert_eq!(special_quota(&all[..1]), "");
+    }
+
     #[test]
     fn sizes_are_readable() {
         assert_eq!(super::bytes(1023), "1023 B");

@@ -4,7 +4,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use freeflow_session::{DeviceInfo, Event, Handle, Request};
+use freeflow_session::{DeviceInfo, Event, Handle, Reply, Request};
 use freeflow_shm::recv_packet_interruptible;
 use freeflow_types::AsyncEventType;
 use rustix::io::Errno;
@@ -67,9 +67,18 @@ impl Context {
         }))
     }
 
-    /// What the device is.
+    /// What the device was when the session began.
     pub fn info(&self) -> &DeviceInfo {
         &self.session.info
+    }
+
+    /// What the device is now: limits follow the endpoint's quota. Who cannot ask, because the
+    /// router is gone or this is a child of `fork`, is told what it was.
+    pub fn query(&self) -> DeviceInfo {
+        match self.session.call(&Request::QueryDevice) {
+            Ok((Reply::Device(info), _)) => info,
+            _ => self.session.info.clone(),
+        }
     }
 
     /// Descriptor that is readable when there is an asynchronous event.

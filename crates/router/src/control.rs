@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use freeflow_policy::Resource;
 use freeflow_session::{
-    CqCreated, CreateCq, CreateQp, Errno as WireErrno, Handle, PROTOCOL_VERSION, QpCreated,
-    QpQueried, Reply, Request, RingLocation, Welcome,
+    CqCreated, CreateCq, CreateQp, DeviceInfo, Errno as WireErrno, Handle, PROTOCOL_VERSION,
+    QpCreated, QpQueried, Reply, Request, RingLocation, Welcome,
 };
 use freeflow_shm::{CqRing, QpGeometry, Region, event_pair};
 use freeflow_transport::{ModifyLimits, Qp};
@@ -108,6 +108,10 @@ impl Engine {
             Request::AdoptMr { slot } => self.adopt_mr(session, slot),
             // Whoever executes messages holds the engine, which is between two rounds then.
             Request::Settle => done(),
+            Request::QueryDevice => {
+                let device = self.device(session).ok_or(Errno::NODEV)?;
+                Ok((Reply::Device(device), Vec::new()))
+            }
             Request::AllocMw(request) => self.alloc_mw(session, &request),
             Request::DeallocMw { mw } => self.dealloc_mw(session, mw),
             Request::AllocDm { context, len } => self.alloc_dm(session, context, len),
@@ -198,18 +202,24 @@ impl Engine {
         if own { Ok(()) } else { Err(Errno::INVAL) }
     }
 
-    /// What a new session is told.
-    pub(crate) fn welcome(&mut self, session: Handle) -> Option<Welcome> {
+    /// What a session's device is.
+    fn device(&self, session: Handle) -> Option<DeviceInfo> {
         let s = self.sessions.get(session)?;
         let endpoint = self.endpoints.get(s.endpoint)?;
-        let device = freeflow_session::DeviceInfo {
+        Some(DeviceInfo {
             node_guid: node_guid(endpoint.gid.0),
             gids: endpoint.gids(),
             limits: endpoint.limits(&self.limits),
             endpoint: endpoint.name.clone(),
             page_size: crate::memory::page_size(),
             mtu: self.network.mtu(),
-        };
+        })
+    }
+
+    /// What a new session is told.
+    pub(crate) fn welcome(&mut self, session: Handle) -> Option<Welcome> {
+        let device = self.device(session)?;
+        let s = self.sessions.get(session)?;
         let len = bytes_of_words(freeflow_shm::DirtyMap::WORDS);
         let region = RingLocation {
             slab: 0,

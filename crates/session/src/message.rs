@@ -131,6 +131,8 @@ pub enum Request {
     /// Waits until memory that the router is accessing is not accessed any more, unless it may be
     /// by what is registered now. [`Reply::Done`].
     Settle,
+    /// What the device is now: its limits follow the endpoint's quota. [`Reply::Device`].
+    QueryDevice,
     /// Allocates a memory window. [`Reply::Mw`].
     AllocMw(AllocMw),
     /// Unbinds and frees a memory window. [`Reply::Done`].
@@ -353,6 +355,8 @@ pub enum Reply {
     SrqQueried(SrqQueried),
     /// An XRC receive queue pair.
     XrcQp(XrcQpOpened),
+    /// The device.
+    Device(DeviceInfo),
 }
 
 /// Why a well-formed request cannot be meant.
@@ -463,6 +467,7 @@ impl Request {
             | Request::DeregMr { .. }
             | Request::AdoptMr { .. }
             | Request::Settle
+            | Request::QueryDevice
             | Request::AllocMw(_)
             | Request::DeallocMw { .. }
             | Request::FreeDm { .. }

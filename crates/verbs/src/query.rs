@@ -131,7 +131,7 @@ pub(crate) unsafe extern "C" fn query_device(
     attr: *mut ibv_device_attr,
 ) -> c_int {
     // SAFETY: the caller gives an open context and room for the attributes.
-    unsafe { *attr = device_attr(context(ctx).client.info()) };
+    unsafe { *attr = device_attr(&context(ctx).client.query()) };
     0
 }
 
@@ -150,9 +150,9 @@ pub(crate) unsafe extern "C" fn query_device_ex(
         return libc::EOPNOTSUPP;
     }
     // SAFETY: the caller gives an open context.
-    let info = unsafe { context(ctx) }.client.info();
+    let info = unsafe { context(ctx) }.client.query();
     let full = ibv_device_attr_ex {
-        orig_attr: device_attr(info),
+        orig_attr: device_attr(&info),
         comp_mask: 0,
         odp_caps: ibv_odp_caps {
             general_caps: IBV_ODP_SUPPORT,

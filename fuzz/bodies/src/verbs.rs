@@ -457,9 +457,10 @@ fn memory(u: &mut Unstructured<'_>, known: &Known) -> Result<Request> {
 
 /// A few slots of the table of regions, which a session may have or not.
 fn slots(u: &mut Unstructured<'_>) -> Result<Request> {
-    Ok(match u.int_in_range(0..=4)? {
+    Ok(match u.int_in_range(0..=5)? {
         0 => Request::AdoptMr { slot: small(u)? },
         1 => Request::Settle,
+        2 => Request::QueryDevice,
         _ => {
             let back = (0..u.int_in_range(0..=4)?).map(|_| small(u));
             Request::ExchangeSlots(ExchangeSlots {
