@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use freeflow_session::Handle;
 use freeflow_shm::PeerProcess;
 
+use crate::control::Answer;
+
 /// A connection must say hello within this time.
 const HELLO_TIME: Duration = Duration::from_secs(5);
 
@@ -23,6 +25,8 @@ pub(crate) struct Connection {
     pub(crate) session: Option<Handle>,
     /// It has waited for its next message's token.
     pub(crate) granted: bool,
+    /// The answer to its last message, which is not worked off yet.
+    pub(crate) answer: Option<Answer>,
 }
 
 /// All of them.
@@ -136,6 +140,7 @@ mod tests {
             process,
             session: None,
             granted: false,
+            answer: None,
         }
     }
 

@@ -25,6 +25,9 @@ use crate::table::NONE;
 /// QPNs that were freed lately and are not given again.
 pub(crate) const QPNS_AT_REST: usize = 4096;
 
+/// Objects that are removed at once, in some hundred microseconds.
+const REMOVED_AT_ONCE: usize = 32;
+
 /// An answer and the descriptors beside it.
 pub(crate) struct Answer {
     pub(crate) reply: Result<Reply, WireErrno>,
@@ -54,7 +57,8 @@ pub(crate) fn created(handle: Handle, fd: Option<OwnedFd>) -> Outcome {
 }
 
 impl Engine {
-    /// Executes one request of a session, which was validated.
+    /// Executes one request of a session. The answer may be sent once [`Self::work_off`] has nothing
+    /// left to do.
     pub(crate) fn handle(&mut self, session: Handle, request: Request) -> Answer {
         let result = match request.validate(&self.limits) {
             Ok(()) => self.dispatch(session, request),
@@ -248,43 +252,60 @@ impl Engine {
 
     fn close_context(&mut self, session: Handle, context: Handle) -> Outcome {
         self.own_context(session, context)?;
-        self.remove_context(context);
+        self.session_mut(session)?.closing = Some(context);
         done()
     }
 
-    /// Removes a context with all that is left in it, in the order that uses allow.
-    pub(crate) fn remove_context(&mut self, context: Handle) {
-        for qp in self.qps.of(context) {
-            self.remove_qp(qp);
+    /// Goes on with what a request of a session left to be done, for as long as others may be kept
+    /// waiting; false if nothing is left. The session's next request has to wait for that.
+    pub(crate) fn work_off(&mut self, session: Handle) -> bool {
+        let Some(s) = self.sessions.get_mut(session) else {
+            return false;
+        };
+        if s.slabs.free_some() || s.segments.free_some() {
+            return true;
         }
-        for srq in self.srqs.of(context) {
-            self.remove_srq(srq);
+        let Some(context) = s.closing else {
+            return false;
+        };
+        if self.remove_context(context, REMOVED_AT_ONCE)
+            && let Some(s) = self.sessions.get_mut(session)
+        {
+            s.closing = None;
         }
-        self.remove_xrc_of(context);
-        for cq in self.cqs.of(context) {
-            self.remove_cq(cq);
+        self.account(session);
+        true
+    }
+
+    /// Removes what is left in a context, in the order that uses allow, at most so many objects;
+    /// then the context. Whether it is gone.
+    pub(crate) fn remove_context(&mut self, context: Handle, most: usize) -> bool {
+        macro_rules! remove {
+            ($($table:ident).+, $remove:ident) => {
+                let some = self.$($table).+.some_of(context, most);
+                if !some.is_empty() {
+                    some.into_iter().for_each(|object| self.$remove(object));
+                    return false;
+                }
+            };
         }
-        for mw in self.windows.of(context) {
-            self.remove_window(mw);
-        }
-        for mr in self.mrs.of(context) {
-            self.remove_mr(mr);
-        }
-        for dm in self.dms.of(context) {
-            self.remove_dm(dm);
-        }
-        for channel in self.channels.of(context) {
-            self.remove_channel(channel);
-        }
-        for pd in self.pds.of(context) {
-            self.remove_pd(pd);
-        }
+        remove!(qps, remove_qp);
+        remove!(srqs, remove_srq);
+        remove!(xrc.opens, remove_open);
+        remove!(xrc.xrcds, remove_xrcd);
+        remove!(cqs, remove_cq);
+        remove!(windows, remove_window);
+        remove!(mrs, remove_mr);
+        remove!(dms, remove_dm);
+        remove!(channels, remove_channel);
+        remove!(pds, remove_pd);
         if let Some(c) = self.contexts.remove(context)
             && let Some(s) = self.sessions.get_mut(c.session)
         {
             s.counts.contexts -= 1;
             s.events_waiting = s.events_waiting.saturating_sub(c.events.waiting());
         }
+        true
     }
 
     fn remove_channel(&mut self, channel: Handle) {

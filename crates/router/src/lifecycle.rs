@@ -125,6 +125,7 @@ impl Engine {
             posted: None,
             events_waiting: 0,
             counts: Counts::default(),
+            closing: None,
             held: Held::default(),
             usage: Default::default(),
             hot: false,
@@ -187,7 +188,7 @@ impl Engine {
             (slabs, std::mem::replace(&mut s.segments, segments))
         });
         for context in self.contexts.of(session) {
-            self.remove_context(context);
+            while !self.remove_context(context, usize::MAX) {}
         }
         if let Some(mut s) = self.sessions.remove(session) {
             if let Some((slabs, segments)) = memory {

@@ -1,7 +1,7 @@
 //! Memory that a session shares with the router: ring slabs and page-pool segments, both sealed
 //! memfds of zeroes from which ranges are handed out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -15,6 +15,9 @@ const SLAB_BYTES: u64 = 16 << 20;
 /// Bytes of a segment unless one registration needs more. Sparse, and as long as its pages are
 /// not touched it costs address space alone.
 const SEGMENT_BYTES: u64 = 16 << 30;
+
+/// Bytes that are given back to the system at once: that takes some ten microseconds.
+const BACK_AT_ONCE: u64 = 256 << 10;
 
 /// Page size of the machine.
 pub(crate) fn page_size() -> u64 {
@@ -48,6 +51,8 @@ pub(crate) struct Areas {
     least: u64,
     areas: Vec<Area>,
     used: u64,
+    /// Ranges that are being given back, each with its rest.
+    leaving: Vec<Range>,
 }
 
 impl Areas {
@@ -58,6 +63,7 @@ impl Areas {
             least: SLAB_BYTES,
             areas: Vec::new(),
             used: 0,
+            leaving: Vec::new(),
         }
     }
 
@@ -68,6 +74,7 @@ impl Areas {
             least: SEGMENT_BYTES,
             areas: Vec::new(),
             used: 0,
+            leaving: Vec::new(),
         }
     }
 
@@ -122,18 +129,48 @@ impl Areas {
         self.areas.len() as u64
     }
 
-    /// Takes a range back; its memory is released and reads as zeroes when handed out again.
-    /// EINVAL unless all of it was handed out.
+    /// Takes a range back; its memory is released and reads as zeroes when handed out again. Of a
+    /// large one that happens bit by bit, see [`Self::free_some`]. EINVAL unless all of it was
+    /// handed out.
     pub(crate) fn free(&mut self, range: Range) -> Result<(), Errno> {
         let page = page_size();
         let aligned = range.offset.is_multiple_of(page) && range.len.is_multiple_of(page);
+        let area = self.areas.get(range.area as usize).ok_or(Errno::INVAL)?;
+        if !aligned || !area.free.could_put(range.offset, range.len) {
+            return Err(Errno::INVAL);
+        }
+        if range.len > BACK_AT_ONCE {
+            self.leaving.push(range);
+            return Ok(());
+        }
+        self.give_back(range)
+    }
+
+    /// Gives back some of what is left of large ranges; false if nothing is. Until then nothing
+    /// else may be done with them.
+    pub(crate) fn free_some(&mut self) -> bool {
+        let Some(mut range) = self.leaving.pop() else {
+            return false;
+        };
+        let first = Range {
+            len: range.len.min(BACK_AT_ONCE),
+            ..range
+        };
+        range.offset += first.len;
+        range.len -= first.len;
+        if range.len != 0 {
+            self.leaving.push(range);
+        }
+        // It was handed out. What the system does not take back stays so.
+        let _ = self.give_back(first);
+        true
+    }
+
+    fn give_back(&mut self, range: Range) -> Result<(), Errno> {
         let area = self
             .areas
             .get_mut(range.area as usize)
             .ok_or(Errno::INVAL)?;
-        if !aligned || !area.free.could_put(range.offset, range.len) {
-            return Err(Errno::INVAL);
-        }
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         rustix::fs::fallocate(&*area.fd, punch, range.offset, range.len)?;
         area.free.put(range.offset, range.len);
@@ -172,11 +209,15 @@ impl Areas {
     }
 }
 
-/// Free ranges of an area, by offset; neighbours are merged.
+/// Free ranges of an area; neighbours are merged. Everything takes logarithmic time, however a
+/// client cuts the area up.
 #[derive(Debug)]
 struct FreeList {
     size: u64,
+    /// Lengths by offset.
     free: BTreeMap<u64, u64>,
+    /// The same by length, then offset.
+    by_len: BTreeSet<(u64, u64)>,
 }
 
 impl FreeList {
@@ -184,7 +225,18 @@ impl FreeList {
         FreeList {
             size,
             free: BTreeMap::from([(0, size)]),
+            by_len: BTreeSet::from([(size, 0)]),
         }
+    }
+
+    fn add(&mut self, offset: u64, len: u64) {
+        self.free.insert(offset, len);
+        self.by_len.insert((len, offset));
+    }
+
+    fn remove(&mut self, offset: u64, len: u64) {
+        self.free.remove(&offset);
+        self.by_len.remove(&(len, offset));
     }
 
     /// Whether all of the area is free.
@@ -194,15 +246,15 @@ impl FreeList {
 
     /// Whether a range of this length is free.
     fn has(&self, len: u64) -> bool {
-        self.free.values().any(|&have| have >= len)
+        self.by_len.last().is_some_and(|&(have, _)| have >= len)
     }
 
-    /// First fit.
+    /// Best fit: the least that is enough, and of several the first.
     fn take(&mut self, len: u64) -> Option<u64> {
-        let (&offset, &have) = self.free.iter().find(|&(_, &have)| have >= len)?;
-        self.free.remove(&offset);
+        let &(have, offset) = self.by_len.range((len, 0)..).next()?;
+        self.remove(offset, have);
         if have > len {
-            self.free.insert(offset + len, have - len);
+            self.add(offset + len, have - len);
         }
         Some(offset)
     }
@@ -220,17 +272,17 @@ impl FreeList {
         if let Some((&next, &next_len)) = self.free.range(offset..).next()
             && next == offset + len
         {
-            self.free.remove(&next);
+            self.remove(next, next_len);
             len += next_len;
         }
         if let Some((&prev, &prev_len)) = self.free.range(..offset).next_back()
             && prev + prev_len == offset
         {
-            self.free.remove(&prev);
+            self.remove(prev, prev_len);
             offset = prev;
             len += prev_len;
         }
-        self.free.insert(offset, len);
+        self.add(offset, len);
     }
 }
 
@@ -258,9 +310,50 @@ mod tests {
         assert_eq!(bytes, [0; 4]);
         areas.free(a).unwrap();
         areas.free(b).unwrap();
+        assert!(!areas.free_some());
         assert_eq!(areas.used(), 0);
         let all = areas.alloc(SLAB_BYTES).unwrap();
         assert_eq!((all.area, all.offset), (0, 0));
+    }
+
+    #[test]
+    fn large_ranges_come_back_bit_by_bit() {
+        let mut areas = Areas::slabs();
+        let len = 2 * BACK_AT_ONCE + page_size();
+        let ranges = [areas.alloc(len).unwrap(), areas.alloc(len).unwrap()];
+        let mapping = areas.mapping(0).unwrap().clone();
+        for range in ranges {
+            mapping.write(range.offset + len - 1, b"d").unwrap();
+            areas.free(range).unwrap();
+        }
+        let mut steps = 0;
+        while areas.free_some() {
+            steps += 1;
+            assert_eq!(
+                areas.used(),
+                areas.leaving.iter().map(|r| r.len).sum::<u64>()
+            );
+        }
+        assert_eq!((steps, areas.used()), (6, 0));
+        let all = areas.alloc(SLAB_BYTES).unwrap();
+        assert_eq!((all.area, all.offset), (0, 0));
+        let mut byte = [1];
+        mapping.read(len - 1, &mut byte).unwrap();
+        assert_eq!(byte, [0]);
+    }
+
+    #[test]
+    fn the_least_range_that_is_enough_is_taken() {
+        let mut list = FreeList::new(100);
+        assert_eq!(list.take(100), Some(0));
+        for (offset, len) in [(0, 10), (20, 5), (40, 7), (60, 5)] {
+            list.put(offset, len);
+        }
+        let taken: Vec<_> = [4, 5, 6, 11, 10].map(|len| list.take(len)).into();
+        assert_eq!(taken, [Some(20), Some(60), Some(40), None, Some(0)]);
+        assert_eq!(list.free, BTreeMap::from([(24, 1), (46, 1)]));
+        let by_len: Vec<_> = list.by_len.iter().copied().collect();
+        assert_eq!(by_len, [(1, 24), (1, 46)]);
     }
 
     #[test]

@@ -85,6 +85,7 @@ impl Host {
     pub(crate) fn ask(&mut self, request: Request) -> Result<Reply, Errno> {
         let session = self.session;
         let reply = self.engine.handle(session, request).reply;
+        while self.engine.work_off(session) {}
         reply.map_err(|e| Errno::from_raw_os_error(e.0))
     }
 

@@ -130,6 +130,8 @@ pub(crate) struct Session {
     /// Events that wait for the program to read others.
     pub(crate) events_waiting: u32,
     pub(crate) counts: Counts,
+    /// A context that is being closed.
+    pub(crate) closing: Option<Handle>,
     /// What it holds of the router, as last counted.
     pub(crate) held: Held,
     /// What it has against quotas, as last counted.

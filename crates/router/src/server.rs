@@ -325,6 +325,7 @@ impl Server {
             process,
             session: None,
             granted: false,
+            answer: None,
         };
         let number = self.connections.add(connection, Instant::now());
         let Some(connection) = self.connections.get(number) else {
@@ -344,11 +345,15 @@ impl Server {
         all
     }
 
-    /// Serves one message of a connection.
+    /// Serves one message of a connection, or goes on with it.
     fn serve(&mut self, number: u32) {
         let Some(connection) = self.connections.get_mut(number) else {
             return;
         };
+        if let (Some(session), Some(answer)) = (connection.session, connection.answer.take()) {
+            let more = self.shared.with(|engine| engine.work_off(session));
+            return self.finish(number, answer, more);
+        }
         if !std::mem::take(&mut connection.granted) {
             let now = self.shared.now();
             let at = self.shared.take_token(connection.endpoint, now);
@@ -376,19 +381,36 @@ impl Server {
             (None, Request::Hello { version }) => self.hello(number, &socket, version),
             (Some(session), request) if !matches!(request, Request::Hello { .. }) => {
                 let attaches = matches!(request, Request::AttachMemory);
-                let answer = self.shared.with(|engine| engine.handle(session, request));
+                let (answer, more) = self.shared.with(|engine| {
+                    let answer = engine.handle(session, request);
+                    (answer, engine.work_off(session))
+                });
                 // Its process id may be another's by now, unless it still lives.
                 if attaches && !self.lives(number) {
                     return self.close(number, EndReason::ProcessExited);
                 }
-                // The library waits for each answer before it asks again: there is room for it.
-                if !send_answer(&socket, &answer) {
-                    return self.close(number, EndReason::DoesNotRead);
-                }
+                self.finish(number, answer, more);
             }
-            _ => return self.close(number, EndReason::OutOfOrder),
+            _ => self.close(number, EndReason::OutOfOrder),
         }
-        self.watch(number);
+    }
+
+    /// Answers a connection's message and looks for the next one; first its endpoint has more turns,
+    /// if there is more to do for this one.
+    fn finish(&mut self, number: u32, answer: Answer, more: bool) {
+        let Some(connection) = self.connections.get_mut(number) else {
+            return;
+        };
+        if more {
+            connection.answer = Some(answer);
+            return self.turns.add(connection.endpoint, Ready::Message(number));
+        }
+        // The library waits for each answer before it asks again: there is room for it.
+        if send_answer(&connection.socket, &answer) {
+            self.watch(number);
+        } else {
+            self.close(number, EndReason::DoesNotRead);
+        }
     }
 
     /// Looks for a connection's next message.
@@ -411,7 +433,7 @@ impl Server {
             Err(Errno::PROTONOSUPPORT)
         };
         let end = match begun {
-            Ok(answer) if send_answer(socket, &answer) => return,
+            Ok(answer) if send_answer(socket, &answer) => return self.watch(number),
             Ok(_) => EndReason::DoesNotRead,
             Err(errno) => {
                 send_answer(socket, &refusal(errno));

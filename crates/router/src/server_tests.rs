@@ -14,6 +14,7 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketType, connect, socket,
 };
 
+use crate::testbed::Host;
 use crate::{Config, EndpointSpec, Router};
 
 /// A router that has not answered by then hangs.
@@ -108,4 +109,30 @@ fn a_flood_from_many_sessions_is_one_endpoints_turn() {
     let seconds = theirs.iter().skip(1).step_by(EACH).min_by_key(|pd| pd.0);
     let (last, next) = (firsts.unwrap().0, seconds.unwrap().0);
     assert!(last < next, "{last:#x} is a first, {next:#x} a second");
+}
+
+#[test]
+fn a_context_is_closed_bit_by_bit() {
+    const DOMAINS: usize = 100;
+    let mut host = Host::new();
+    let endpoint = host.endpoint("10.77.0.1");
+    let process = host.process(endpoint, 1);
+    let context = process.context;
+    for _ in 1..DOMAINS {
+        host.ask(process.session, Request::AllocPd { context })
+            .unwrap();
+    }
+    let engine = &mut host.engine;
+    let answer = engine.handle(process.session, Request::CloseContext { context });
+    assert_eq!(answer.reply, Ok(Reply::Done));
+    let left = |engine: &crate::engine::Engine| engine.pds.of(context).len();
+    let mut before = left(engine);
+    assert_eq!(before, DOMAINS);
+    while engine.work_off(process.session) {
+        let now = left(engine);
+        assert!(before - now <= 32, "{} domains at once", before - now);
+        before = now;
+    }
+    assert_eq!(before, 0);
+    assert!(engine.contexts.get(context).is_none());
 }

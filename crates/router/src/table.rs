@@ -1,8 +1,10 @@
 //! Generational tables: a handle of an object that is gone finds nothing, even if its slot is
 //! used again.
 
+use std::collections::BTreeSet;
+
 use freeflow_session::Handle;
-use rustc_hash::{FxHashMap, FxHashSet};
+use rustc_hash::FxHashMap;
 
 const SLOT_BITS: u32 = 20;
 const SLOT_MASK: u32 = (1 << SLOT_BITS) - 1;
@@ -21,7 +23,8 @@ pub(crate) trait Owned {
 pub(crate) struct Table<T> {
     entries: Vec<Entry<T>>,
     free: std::collections::VecDeque<u32>,
-    by_owner: FxHashMap<Handle, FxHashSet<Handle>>,
+    /// By the number of each handle.
+    by_owner: FxHashMap<Handle, BTreeSet<u32>>,
 }
 
 #[derive(Debug)]
@@ -60,17 +63,20 @@ impl<T: Owned> Table<T> {
         let owner = value.owner();
         entry.value = Some(value);
         if owner != NONE {
-            self.by_owner.entry(owner).or_default().insert(handle);
+            self.by_owner.entry(owner).or_default().insert(handle.0);
         }
         Some(handle)
     }
 
     /// All objects of an owner, always in the same order.
     pub(crate) fn of(&self, owner: Handle) -> Vec<Handle> {
-        let own = self.by_owner.get(&owner);
-        let mut own: Vec<_> = own.into_iter().flatten().copied().collect();
-        own.sort_unstable_by_key(|handle| handle.0);
-        own
+        self.some_of(owner, usize::MAX)
+    }
+
+    /// The first objects of an owner, at most so many.
+    pub(crate) fn some_of(&self, owner: Handle, most: usize) -> Vec<Handle> {
+        let own = self.by_owner.get(&owner).into_iter().flatten();
+        own.take(most).map(|&number| Handle(number)).collect()
     }
 
     fn entry(&self, handle: Handle) -> Option<&Entry<T>> {
@@ -106,7 +112,7 @@ impl<T: Owned> Table<T> {
         self.free.push_back(slot);
         let owner = value.owner();
         if let Some(own) = self.by_owner.get_mut(&owner) {
-            own.remove(&handle);
+            own.remove(&handle.0);
             if own.is_empty() {
                 self.by_owner.remove(&owner);
             }
@@ -138,6 +144,7 @@ mod tests {
         let mut table = Table::default();
         let [a, b, c] = ["x", "y", "long"].map(|s| table.insert(s).unwrap());
         assert_eq!(table.of(Handle(1)), [a, b]);
+        assert_eq!(table.some_of(Handle(1), 1), [a]);
         table.remove(a);
         assert_eq!(table.of(Handle(1)), [b]);
         assert_eq!(table.of(Handle(4)), [c]);

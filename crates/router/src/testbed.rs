@@ -110,6 +110,7 @@ impl Host {
 
     pub(crate) fn ask(&mut self, session: Handle, request: Request) -> Result<Reply, Errno> {
         let reply = self.engine.handle(session, request).reply;
+        while self.engine.work_off(session) {}
         reply.map_err(|e| Errno::from_raw_os_error(e.0))
     }
 

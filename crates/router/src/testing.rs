@@ -93,6 +93,7 @@ impl Host {
     ) -> (Result<Reply, Errno>, Vec<Arc<OwnedFd>>) {
         self.engine.now = self.now;
         let answer = self.engine.handle(session, request);
+        while self.engine.work_off(session) {}
         self.engine.reap();
         let reply = answer.reply.map_err(|e| Errno::from_raw_os_error(e.0));
         (reply, answer.fds)

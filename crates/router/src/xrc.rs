@@ -27,8 +27,8 @@ use crate::table::{NONE, Owned, Table};
 pub(crate) struct XrcState {
     domains: Table<Domain>,
     by_file: FxHashMap<SharedFile, Handle>,
-    xrcds: Table<Xrcd>,
-    opens: Table<Open>,
+    pub(crate) xrcds: Table<Xrcd>,
+    pub(crate) opens: Table<Open>,
     pub(crate) by_srqn: FxHashMap<u32, Handle>,
     recent_srqns: VecDeque<u32>,
 }
@@ -81,7 +81,7 @@ struct Domain {
 
 /// A session's opening of a domain.
 #[derive(Debug)]
-struct Xrcd {
+pub(crate) struct Xrcd {
     session: Handle,
     context: Handle,
     domain: Handle,
@@ -90,7 +90,7 @@ struct Xrcd {
 
 /// A session's opening of a receive queue pair.
 #[derive(Debug)]
-struct Open {
+pub(crate) struct Open {
     session: Handle,
     context: Handle,
     xrcd: Handle,
@@ -185,7 +185,7 @@ impl Engine {
         done()
     }
 
-    fn remove_xrcd(&mut self, xrcd: Handle) {
+    pub(crate) fn remove_xrcd(&mut self, xrcd: Handle) {
         let Some(x) = self.xrc.xrcds.remove(xrcd) else {
             return;
         };
@@ -201,16 +201,6 @@ impl Engine {
             && let Some(file) = d.shared
         {
             self.xrc.by_file.remove(&file);
-        }
-    }
-
-    /// Removes what a context has left of XRC, once its shared receive queues are gone.
-    pub(crate) fn remove_xrc_of(&mut self, context: Handle) {
-        for open in self.xrc.opens.of(context) {
-            self.remove_open(open);
-        }
-        for xrcd in self.xrc.xrcds.of(context) {
-            self.remove_xrcd(xrcd);
         }
     }
 
@@ -377,7 +367,7 @@ impl Engine {
         done()
     }
 
-    fn remove_open(&mut self, open: Handle) {
+    pub(crate) fn remove_open(&mut self, open: Handle) {
         let Some(o) = self.xrc.opens.remove(open) else {
             return;
         };
