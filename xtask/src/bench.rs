@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use freeflow_tests::{Bed, DEADLINE, Hosts, Running, TcpPair};
+use freeflow_tests::{Bed, DEADLINE, Hosts, Running, TcpPair, have};
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::cargo::{cargo, run, target};
 use crate::demo::print;
-use crate::{dist, measure, packages};
+use crate::{checks, dist, measure, packages};
 
 /// The usual MTU of an Ethernet link.
 const MTU: u32 = 1500;
@@ -321,6 +321,36 @@ impl Bench {
         Ok(())
     }
 
+    /// The part of the engine's work on small messages that is to check what clients wrote.
+    fn checks(&mut self) -> Result<()> {
+        if ["perf", "nm", "addr2line"].iter().any(|tool| !have(tool)) {
+            return Ok(());
+        }
+        let router = freeflow_tests::dist().join("bin/freeflow");
+        let (mut checks, mut lookups) = (Vec::new(), Vec::new());
+        for _ in 0..self.runs {
+            let pid = self.bed.router().pid();
+            // Long enough for some thousand samples.
+            let load = || (0..10).try_for_each(|_| self.own(&["rate", "0"]).map(|_| ()));
+            let shares = checks::sample(pid, &router, load)?;
+            checks.push(shares.checks);
+            lookups.push(shares.lookups);
+        }
+        let few = Target::AtMost(0.05, "at most 0.05");
+        let engine = ("all that the engine does", 1.0);
+        let checks = (measure::median(checks), "");
+        self.row("checks, write of 64 B", checks, engine, few);
+        let some = Target::AtMost(0.2, "at most 0.2");
+        let lookups = (measure::median(lookups), "");
+        self.row(
+            "finding regions by key, write of 64 B",
+            lookups,
+            engine,
+            some,
+        );
+        Ok(())
+    }
+
     fn registration(&mut self) -> Result<()> {
         let (mut ours, mut peer, mut untouched) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..self.runs {
@@ -471,10 +501,11 @@ fn cpu_seconds(pid: u32) -> Result<f64> {
 
 type Part = (&'static str, fn(&mut Bench) -> Result<()>);
 
-const PARTS: [Part; 10] = [
+const PARTS: [Part; 11] = [
     ("bandwidth", Bench::bandwidth),
     ("latency", Bench::latency),
     ("message rate", Bench::message_rate),
+    ("checks", Bench::checks),
     ("registration", Bench::registration),
     ("control", Bench::control),
     ("flood", Bench::flood),

@@ -2,6 +2,7 @@
 
 mod bench;
 mod cargo;
+mod checks;
 mod demo;
 mod dist;
 mod fuzz;
