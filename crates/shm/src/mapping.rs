@@ -184,28 +184,31 @@ impl std::fmt::Debug for Mapping {
 /// A part of a mapping that holds one object.
 #[derive(Clone, Debug)]
 pub struct Region {
-    mapping: Arc<Mapping>,
-    offset: u64,
-    len: u64,
+    /// Keeps the words where they are.
+    _mapping: Arc<Mapping>,
+    words: NonNull<[AtomicU64]>,
 }
+
+// SAFETY: the words are atomics in memory that the mapping, which may be sent and shared itself,
+// keeps mapped; there is no other state.
+unsafe impl Send for Region {}
+// SAFETY: see above.
+unsafe impl Sync for Region {}
 
 impl Region {
     /// The part at `offset`, in whole words.
     pub fn new(mapping: Arc<Mapping>, offset: u64, len: u64) -> Result<Self, OutOfBounds> {
-        mapping.words(offset, len)?;
+        let words = NonNull::from(mapping.words(offset, len)?);
         Ok(Region {
-            mapping,
-            offset,
-            len,
+            _mapping: mapping,
+            words,
         })
     }
 
     /// Its words.
     pub fn words(&self) -> &[AtomicU64] {
-        // Checked when made, and neither side changes.
-        self.mapping
-            .words(self.offset, self.len)
-            .unwrap_or_default()
+        // SAFETY: checked when made; the mapping does not move, and lives as long as `self`.
+        unsafe { self.words.as_ref() }
     }
 }
 
