@@ -20,13 +20,14 @@ pub(crate) const PROGRAMS: [&str; 10] = [
 ];
 
 /// What tests compile against, and what they look at programs and set devices up with.
-pub(crate) const DEVELOPMENT: [&str; 6] = [
+pub(crate) const DEVELOPMENT: [&str; 7] = [
     "gcc",
     "libc6-dev",
     "libibverbs-dev",
     "librdmacm-dev",
     "binutils",
     "ethtool",
+    "valgrind",
 ];
 
 fn is_installed(package: &str) -> bool {
