@@ -227,15 +227,26 @@ pub struct Datagram<'a> {
     pub src: SocketAddr,
     /// Congestion notification.
     pub ecn: Ecn,
+    /// It follows the one before in what the kernel gave as one, most likely a train of its
+    /// sender's.
+    pub follows: bool,
     /// Payload.
     pub bytes: &'a [u8],
+}
+
+#[derive(Debug)]
+struct Place {
+    src: SocketAddr,
+    ecn: Ecn,
+    follows: bool,
+    range: Range<usize>,
 }
 
 /// Received datagrams.
 #[derive(Debug, Default)]
 pub struct Datagrams {
     pub(crate) storage: Vec<u8>,
-    places: Vec<(SocketAddr, Ecn, Range<usize>)>,
+    places: Vec<Place>,
     used: usize,
 }
 
@@ -252,10 +263,11 @@ impl Datagrams {
 
     /// In the order of arrival.
     pub fn iter(&self) -> impl Iterator<Item = Datagram<'_>> {
-        self.places.iter().map(|(src, ecn, range)| Datagram {
-            src: *src,
-            ecn: *ecn,
-            bytes: self.storage.get(range.clone()).unwrap_or_default(),
+        self.places.iter().map(|place| Datagram {
+            src: place.src,
+            ecn: place.ecn,
+            follows: place.follows,
+            bytes: self.storage.get(place.range.clone()).unwrap_or_default(),
         })
     }
 
@@ -275,7 +287,12 @@ impl Datagrams {
             room.copy_from_slice(datagram.bytes);
         }
         self.used = range.end;
-        self.places.push((datagram.src, datagram.ecn, range));
+        self.places.push(Place {
+            src: datagram.src,
+            ecn: datagram.ecn,
+            follows: datagram.follows,
+            range,
+        });
     }
 
     /// The first `bytes` of the storage, to receive into.
@@ -290,13 +307,19 @@ impl Datagrams {
 
     /// Adds what was received into a slot: datagrams of `size` bytes, the last maybe smaller.
     pub(crate) fn split(&mut self, src: SocketAddr, ecn: Ecn, range: Range<usize>, size: usize) {
-        if range.is_empty() {
-            self.places.push((src, ecn, range));
-            return;
-        }
-        for start in range.clone().step_by(size.max(1)) {
-            let end = range.end.min(start.saturating_add(size));
-            self.places.push((src, ecn, start..end));
+        let mut start = range.start;
+        loop {
+            let end = range.end.min(start.saturating_add(size.max(1)));
+            self.places.push(Place {
+                src,
+                ecn,
+                follows: start != range.start,
+                range: start..end,
+            });
+            start = end;
+            if start >= range.end {
+                break;
+            }
         }
     }
 }

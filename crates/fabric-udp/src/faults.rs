@@ -166,6 +166,7 @@ impl<L: Link> Link for Faults<L> {
             into.push(Datagram {
                 src: first.src,
                 ecn: Ecn::from_tos(first.tos),
+                follows: false,
                 bytes: &first.bytes,
             });
             self.held.pop();

@@ -56,7 +56,7 @@ fn packets_are_read_and_made_alike() {
         packet,
     } in captured()
     {
-        assert_eq!(verify(&flow, &packet), Ok(ip_id));
+        assert_eq!(verify(&flow, 0, &packet), Ok(ip_id));
         let (body, crc) = packet.split_at(packet.len() - ICRC_BYTES);
         assert_eq!(icrc(&flow, ip_id, body), crc);
         let (headers, payload) = Headers::parse(body).unwrap();
@@ -105,13 +105,13 @@ fn changed_packets_are_refused() {
     {
         let end = packet.len() - 1;
         packet[end] ^= 0x80;
-        assert!(verify(&flow, &packet).is_err());
+        assert!(verify(&flow, 0, &packet).is_err());
         packet[end] ^= 0x80;
         let other = Flow {
             src_port: flow.src_port ^ 1,
             ..flow
         };
-        assert!(verify(&other, &packet).is_err());
+        assert!(verify(&other, 0, &packet).is_err());
     }
 }
 

@@ -467,7 +467,7 @@ fn packets_are_captured() {
         };
         if !long {
             // Outgoing ones have the identification that the wire will show.
-            let id = verify(&flow, &packet[28..]).unwrap();
+            let id = verify(&flow, 0, &packet[28..]).unwrap();
             assert!(*direction == 1 || id == u16::from_be_bytes([packet[4], packet[5]]));
         }
     }

@@ -225,7 +225,7 @@ fn packets_on_the_wire_have_the_identification_that_their_crc_covers() {
             let end = 34 + usize::from(half(38));
             let datagram = &frame[42..end];
             assert_eq!(half(20), 0x4000, "don't fragment");
-            assert_eq!(verify(&flow, datagram), Ok(half(18)));
+            assert_eq!(verify(&flow, 0, datagram), Ok(half(18)));
             let body = &datagram[..datagram.len() - ICRC_BYTES];
             let (found, _) = Headers::parse(body).unwrap();
             let psn = found.bth.psn.get();
