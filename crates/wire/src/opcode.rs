@@ -444,6 +444,10 @@ impl BthOpcode {
 
     /// Bytes of all transport headers of such a packet.
     pub const fn header_len(self) -> usize {
+        HEADER_LENGTHS[self.0 as usize] as usize
+    }
+
+    const fn sum_of_headers(self) -> usize {
         const SIZES: [(u32, usize); 10] = [
             (Facts::XRC_SRQ, 4),
             (Facts::DETH, 8),
@@ -467,6 +471,17 @@ impl BthOpcode {
         len
     }
 }
+
+/// Looked up several times for each packet.
+static HEADER_LENGTHS: [u8; 256] = {
+    let mut lengths = [0; 256];
+    let mut opcode = 0;
+    while opcode < lengths.len() {
+        lengths[opcode] = BthOpcode(opcode as u8).sum_of_headers() as u8;
+        opcode += 1;
+    }
+    lengths
+};
 
 impl fmt::Debug for BthOpcode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
