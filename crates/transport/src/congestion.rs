@@ -39,6 +39,8 @@ pub(crate) struct Window {
     /// Window when the last loss came, and since when it has grown after it.
     before_loss: f64,
     epoch: Option<u64>,
+    /// Seconds until the cubic function is at the window that there was before the loss.
+    plateau: f64,
     /// What Reno would have by now (RFC 9438, 4.3).
     reno: f64,
     srtt: u64,
@@ -53,6 +55,7 @@ impl Default for Window {
             threshold: f64::from(MAX),
             before_loss: 0.0,
             epoch: None,
+            plateau: 0.0,
             reno: 0.0,
             srtt: 0,
             rttvar: 0,
@@ -97,10 +100,11 @@ impl Window {
             if self.reno == 0.0 {
                 self.reno = self.cwnd;
                 self.before_loss = self.before_loss.max(self.cwnd);
+                self.plateau = cube_root(self.before_loss * (1.0 - BETA) / C);
             }
             let elapsed = now.saturating_sub(start).saturating_add(self.srtt);
             let t = elapsed as f64 / 1e9;
-            let since = t - cube_root(self.before_loss * (1.0 - BETA) / C);
+            let since = t - self.plateau;
             let target = C * since * since * since + self.before_loss;
             // Reno with CUBIC's decrease gains alpha a round trip (RFC 9438, 4.3).
             let alpha = if self.reno < self.before_loss {

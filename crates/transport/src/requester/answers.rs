@@ -232,8 +232,10 @@ impl Requester {
             if expected != 0 {
                 events.push(RequesterEvent::Place(part));
             }
-            for psn in at + 1..at + u64::from(rest) {
-                self.flight.executed(psn);
+            if self.flight.awaits() {
+                for psn in at + 1..at + u64::from(rest) {
+                    self.flight.executed(psn);
+                }
             }
             let before = self.flight.oldest();
             self.progress(before, size.into(), now, events);

@@ -45,8 +45,9 @@ pub(super) struct Flight {
     lost_from: u64,
     /// Bytes under way.
     under_way: u64,
-    /// Of which the peer is known to have.
+    /// How many the peer is known to have, and how many of these it has still to answer.
     settled: u32,
+    awaited: u32,
     transmissions: u32,
     /// The latest transmission that is known to have arrived.
     arrived: u32,
@@ -61,6 +62,7 @@ impl Flight {
             lost_from: first,
             under_way: 0,
             settled: 0,
+            awaited: 0,
             transmissions: 0,
             arrived: 0,
         }
@@ -104,6 +106,8 @@ impl Flight {
             Fate::Lost => self.lost = self.lost.saturating_sub(1),
             Fate::Held | Fate::Awaited | Fate::Answered => {
                 self.settled = self.settled.saturating_sub(1);
+                let awaited = u32::from(fate == Fate::Awaited);
+                self.awaited = self.awaited.saturating_sub(awaited);
             }
         }
     }
@@ -112,7 +116,10 @@ impl Flight {
         match fate {
             Fate::Sent => self.under_way += u64::from(size),
             Fate::Lost => self.lost += 1,
-            Fate::Held | Fate::Awaited | Fate::Answered => self.settled += 1,
+            Fate::Held | Fate::Awaited | Fate::Answered => {
+                self.settled += 1;
+                self.awaited += u32::from(fate == Fate::Awaited);
+            }
         }
     }
 
@@ -209,6 +216,11 @@ impl Flight {
                 self.set(psn, Fate::Awaited);
             }
         }
+    }
+
+    /// Whether the peer has requests that it has not answered.
+    pub(super) fn awaits(&self) -> bool {
+        self.awaited != 0
     }
 
     /// The peer has executed a request that was awaited. Its answers come before those to what was
