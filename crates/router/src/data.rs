@@ -408,21 +408,31 @@ impl Engine {
         }
     }
 
-    /// Copies the bytes of spans to a buffer that is as long.
-    pub(crate) fn gather(&mut self, from: &[Span], out: &mut [u8]) -> Option<()> {
-        let mut at = 0;
-        for span in from {
-            let part = out.get_mut(at..at + span.len as usize)?;
-            self.read(span, part)?;
-            at += part.len();
+    /// Fills a buffer with the bytes of spans after the first `skip`, of which there are enough.
+    pub(crate) fn gather(
+        &mut self,
+        from: &[Span],
+        mut skip: u64,
+        mut out: &mut [u8],
+    ) -> Option<()> {
+        for &(mut span) in from {
+            let skipped = skip.min(span.len);
+            skip -= skipped;
+            span.advance(skipped);
+            let n = span.len.min(out.len() as u64);
+            let (part, rest) = out.split_at_mut(n as usize);
+            out = rest;
+            if n != 0 {
+                self.read(&span, part)?;
+            }
         }
-        Some(())
+        out.is_empty().then_some(())
     }
 
     /// Copies one word out of spans of 8 bytes.
     pub(crate) fn word(&mut self, from: &[Span]) -> Option<u64> {
         let mut bytes = [0; 8];
-        self.gather(from, &mut bytes)?;
+        self.gather(from, 0, &mut bytes)?;
         Some(u64::from_ne_bytes(bytes))
     }
 

@@ -508,7 +508,7 @@ impl Engine {
 
     fn fill(&mut self, payload: Payload<'_>, room: &mut [u8]) -> Result<(), Unreadable> {
         match payload {
-            Payload::Spans(spans, _) => self.gather(spans, room).ok_or(Unreadable),
+            Payload::Spans(spans, skip, _) => self.gather(spans, skip, room).ok_or(Unreadable),
             Payload::Bytes(bytes) => {
                 room.copy_from_slice(bytes);
                 Ok(())
@@ -525,7 +525,8 @@ impl Engine {
 /// What a packet carries.
 #[derive(Clone, Copy)]
 enum Payload<'a> {
-    Spans(&'a [Span], usize),
+    /// Of the bytes of spans, so many after the first so many.
+    Spans(&'a [Span], u64, usize),
     Bytes(&'a [u8]),
     /// Bytes, and what comes behind them.
     Behind(&'a [u8], &'a Payload<'a>),
@@ -534,7 +535,7 @@ enum Payload<'a> {
 impl Payload<'_> {
     fn len(&self) -> usize {
         match self {
-            Payload::Spans(_, len) => *len,
+            Payload::Spans(_, _, len) => *len,
             Payload::Bytes(bytes) => bytes.len(),
             Payload::Behind(head, rest) => head.len() + rest.len(),
         }

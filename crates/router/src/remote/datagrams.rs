@@ -112,7 +112,7 @@ impl Engine {
         };
         let data = match arrival.data {
             Source::Bytes(bytes) => Payload::Bytes(bytes),
-            Source::Spans(spans) => Payload::Spans(spans, len),
+            Source::Spans(spans) => Payload::Spans(spans, 0, len),
         };
         let pushed = self.push(&mut fabric, &way, &headers, Payload::Behind(head, &data));
         self.network.fabric = Some(fabric);

@@ -1,7 +1,7 @@
 //! This host's requests: from the send ring to the wire, and their answers.
 
 use freeflow_session::Handle;
-use freeflow_transport::{Outcome, Part, PostError, RequesterEvent, Work, check_send};
+use freeflow_transport::{Outcome, Part, PostError, RequesterEvent, Transmit, Work, check_send};
 use freeflow_types::{Access, FlushSpec, MAX_MESSAGE, Opcode, QpState, SendFlags, WcStatus};
 use freeflow_wire::Headers;
 
@@ -10,6 +10,23 @@ use crate::data::Source;
 use crate::engine::{Engine, TURN_BYTES};
 use crate::exec::{Request, Step};
 use crate::remote::{MAX_SPARE, MAX_UNDER_WAY, PACKETS_PER_STEP, Payload, Remote, RoceFabric};
+
+/// A part of a message whose spans are known. Keys may become invalid at any time; what is found
+/// may be accessed until the turn is over ([`Engine::posted_region`]).
+struct Located {
+    message: u64,
+    start: u64,
+    end: u64,
+}
+
+impl Located {
+    /// How far into the spans a packet's part of the message begins, if they have all of it.
+    fn skip(&self, part: &Part) -> Option<u64> {
+        let start = u64::from(part.offset);
+        let inside = self.message == part.message.seq && start + u64::from(part.len) <= self.end;
+        start.checked_sub(self.start).filter(|_| inside)
+    }
+}
 
 impl Step {
     /// This, or another one if this is nothing.
@@ -52,6 +69,7 @@ impl Engine {
             done |= self.post(qp, remote);
         }
         let (mut packets, mut bytes) = (0, 0);
+        let mut located = None;
         while packets < PACKETS_PER_STEP && bytes < TURN_BYTES {
             let mut events = std::mem::take(&mut remote.events);
             let next = remote.requester.as_mut();
@@ -61,7 +79,7 @@ impl Engine {
             packets += 1;
             bytes += transmit.payload.map_or(0, |part| u64::from(part.len));
             if self
-                .transmit(qp, remote, fabric, &transmit.headers, transmit.payload)
+                .transmit(qp, remote, fabric, &transmit, &mut located)
                 .is_none()
                 && let (Some(part), Some(requester)) = (transmit.payload, &mut remote.requester)
             {
@@ -77,17 +95,18 @@ impl Engine {
         }
     }
 
-    /// Sends one packet; `None` if its payload cannot be read.
+    /// Sends one packet; `None` if its payload cannot be read. `located` is what of a message was
+    /// found for packets before it in this turn.
     fn transmit(
         &mut self,
         qp: Handle,
         remote: &Remote,
         fabric: &mut RoceFabric,
-        headers: &Headers,
-        part: Option<Part>,
+        transmit: &Transmit,
+        located: &mut Option<Located>,
     ) -> Option<()> {
-        let (to, headers) = (remote.to(), remote.stamp(headers));
-        let Some(part) = part else {
+        let (to, headers) = (remote.to(), remote.stamp(&transmit.headers));
+        let Some(part) = transmit.payload else {
             return self.push(fabric, &to, &headers, Payload::Bytes(&[])).ok();
         };
         let at = part.message.seq.checked_sub(remote.first)?;
@@ -99,14 +118,25 @@ impl Engine {
         }
         let pd = self.qps.get(qp)?.pd;
         let (mut near, far) = std::mem::take(&mut self.spans);
-        near.clear();
-        let range = (part.offset.into(), part.len.into());
-        let sent = self
-            .local_spans(pd, &request.sges, Access::empty(), range, &mut near)
-            .and_then(|()| {
-                let payload = Payload::Spans(&near, len);
-                self.push(fabric, &to, &headers, payload).ok()
+        let skip = located.as_ref().and_then(|located| located.skip(&part));
+        let skip = skip.or_else(|| {
+            near.clear();
+            *located = None;
+            let start = u64::from(part.offset);
+            let len = request.len.saturating_sub(start).min(TURN_BYTES);
+            let range = (start, len);
+            self.local_spans(pd, &request.sges, Access::empty(), range, &mut near)?;
+            *located = Some(Located {
+                message: part.message.seq,
+                start,
+                end: start + len,
             });
+            Some(0)
+        });
+        let sent = skip.and_then(|skip| {
+            let payload = Payload::Spans(&near, skip, len);
+            self.push(fabric, &to, &headers, payload).ok()
+        });
         self.spans = (near, far);
         sent
     }

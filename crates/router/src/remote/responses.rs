@@ -323,7 +323,7 @@ impl Engine {
         let sent = self
             .remote_spans((qp, pd), data.rkey, range, rights, (0, len), &mut far)
             .and_then(|()| {
-                let payload = Payload::Spans(&far, data.len as usize);
+                let payload = Payload::Spans(&far, 0, data.len as usize);
                 self.push(fabric, &to, &headers, payload).ok()
             });
         self.spans = (near, far);
