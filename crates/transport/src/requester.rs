@@ -20,8 +20,13 @@ use crate::connection::{Connection, first, psn};
 use flight::{Fate, Flight};
 
 /// Packets of response that one READ request asks for, at least and at most, if it is a piece of a
-/// long READ: between them, as many as fill the window if all that were granted are.
+/// long READ: between them, as many as fill the window if all that were granted are, or
+/// [`READ_PIECES`].
 const READ_PIECE: (u32, u32) = (2, 64);
+
+/// Pieces of READs that are worth having under way at once: responses cost less the more of them
+/// follow one another.
+const READ_PIECES: u32 = 6;
 
 /// What the window counts for headers, below it and of its own.
 const HEADER_BYTES: u32 = 80;
@@ -29,8 +34,10 @@ const HEADER_BYTES: u32 = 80;
 /// Sequence numbers in use at once: well below 2^23, the most that 24 bits allow.
 const MAX_FLIGHT: u32 = 8192;
 
-/// Packets, at most, from one that asks for an acknowledgement to the next.
+/// Packets, at most, from one that asks for an acknowledgement to the next: of a standard
+/// responder, and of a router, which loses nothing that has come and answers trains of packets.
 const ACK_EVERY: u32 = 16;
+const ROUTER_ACK_EVERY: u32 = 64;
 
 /// Work requests that an idle queue pair keeps room for.
 const IDLE_CAPACITY: usize = 4;
@@ -354,15 +361,19 @@ impl Requester {
     }
 
     fn read_piece(&self) -> u32 {
-        let granted = u32::from(self.connection.max_rd_atomic).max(1);
+        let granted = u32::from(self.connection.max_rd_atomic);
         let (least, most) = READ_PIECE;
-        (self.window.packets() as u32 / granted).clamp(least, most)
+        (self.window.packets() as u32 / granted.clamp(1, READ_PIECES)).clamp(least, most)
     }
 
     fn slot_at(&self, psn: u64) -> Option<&Slot> {
-        let after = self.slots.partition_point(|s| s.first <= psn);
-        let slot = self.slots.get(after.checked_sub(1)?)?;
-        (psn < slot.end()).then_some(slot)
+        let has = |slot: &&Slot| slot.first <= psn && psn < slot.end();
+        // Most often it is the oldest message, or one whose packets are sent now.
+        let first = self.slots.front().filter(has);
+        first.or_else(|| {
+            let after = self.slots.partition_point(|s| s.first <= psn);
+            self.slots.get(after.checked_sub(1)?).filter(has)
+        })
     }
 
     /// The next packet to send now, if there is one.
@@ -428,7 +439,11 @@ impl Requester {
         self.limited |= full;
         self.unasked += 1;
         self.unasked_bytes += size;
-        let often = self.unasked >= ACK_EVERY || self.unasked_bytes >= room / 4;
+        let ack_every = match self.connection.selective {
+            true => ROUTER_ACK_EVERY,
+            false => ACK_EVERY,
+        };
+        let often = self.unasked >= ack_every || self.unasked_bytes >= room / 4;
         let ask = last || full || often || lost.is_some() || slot.is_answered();
         if ask {
             (self.unasked, self.unasked_bytes) = (0, 0);
