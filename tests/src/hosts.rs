@@ -100,7 +100,17 @@ impl Hosts {
         self.net.shell(host, script)
     }
 
-    /// Has a host drop so many of a thousand of the RoCEv2 packets that come to it.
+    /// Has both hosts' kernels take trains of packets apart before they are on the link: what is
+    /// lost from now on is a packet, as on a wire, and not up to 64 KiB of packets at once.
+    pub fn send_apart(&self) -> Result<()> {
+        for host in [0, 1] {
+            self.shell(host, &format!("ip link set ff{host} gso_max_segs 1"))?;
+        }
+        Ok(())
+    }
+
+    /// Has a host drop so many of a thousand of the RoCEv2 packets, or trains of packets (see
+    /// [`Self::send_apart`]), that come to it.
     pub fn lose(&self, host: usize, of_1000: u32) -> Result<()> {
         self.shell(
             host,

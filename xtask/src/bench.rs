@@ -262,7 +262,7 @@ impl Bench {
         Ok(())
     }
 
-    /// What is left of the rate between hosts when packets are lost.
+    /// What is left of the rate between hosts when packets are lost, each for itself.
     fn loss(&mut self) -> Result<()> {
         if !Hosts::can("bench of loss between hosts") {
             return Ok(());
@@ -272,8 +272,13 @@ impl Bench {
             let rows = measure::bandwidth(hosts, "ib_write_bw", &args)?;
             rows.first().map(|r| r.1).context("no row")
         };
-        let whole = {
+        let apart = || -> Result<Hosts> {
             let hosts = Hosts::new(MTU)?;
+            hosts.send_apart()?;
+            Ok(hosts)
+        };
+        let whole = {
+            let hosts = apart()?;
             self.median(|| rate(&hosts))?
         };
         for (of_1000, part, target) in [
@@ -281,12 +286,12 @@ impl Bench {
             (10, 0.7, "at least 0.7"),
             (50, 0.2, "at least 0.2"),
         ] {
-            let hosts = Hosts::new(MTU)?;
+            let hosts = apart()?;
             hosts.lose(0, of_1000)?;
             hosts.lose(1, of_1000)?;
             let left = self.median(|| rate(&hosts))?;
             self.row(
-                format!("ib_write_bw 65536 B, {of_1000} of 1000 trains lost"),
+                format!("ib_write_bw 65536 B, {of_1000} of 1000 packets lost"),
                 (left, "MiB/s"),
                 ("no loss", whole),
                 Target::AtLeast(part, target),
