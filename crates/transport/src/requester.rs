@@ -217,6 +217,8 @@ pub struct Requester {
     connection: Connection,
     slots: VecDeque<Slot>,
     next_seq: u64,
+    /// The message that a packet was sent of last.
+    sending: u64,
     /// One above the last sequence number that a posted message has.
     posted: u64,
     flight: Flight,
@@ -254,6 +256,7 @@ impl Requester {
             connection: *connection,
             slots: VecDeque::new(),
             next_seq: 0,
+            sending: 0,
             posted: first,
             flight: Flight::new(first),
             window: Window::default(),
@@ -368,9 +371,12 @@ impl Requester {
 
     fn slot_at(&self, psn: u64) -> Option<&Slot> {
         let has = |slot: &&Slot| slot.first <= psn && psn < slot.end();
-        // Most often it is the oldest message, or one whose packets are sent now.
-        let first = self.slots.front().filter(has);
-        first.or_else(|| {
+        let oldest = self.slots.front()?;
+        // Most often it is the oldest message, or the one whose packets are sent now.
+        let sending = self.sending.checked_sub(oldest.seq);
+        let sending = sending.and_then(|index| self.slots.get(index as usize));
+        let likely = [Some(oldest), sending];
+        likely.into_iter().flatten().find(has).or_else(|| {
             let after = self.slots.partition_point(|s| s.first <= psn);
             self.slots.get(after.checked_sub(1)?).filter(has)
         })
@@ -401,6 +407,7 @@ impl Requester {
         if slot.aborted.is_some() {
             return None;
         }
+        self.sending = slot.seq;
         if !self.connection.qp_type.is_reliable() {
             return Some(self.send_unreliable(psn, &slot, events));
         }
