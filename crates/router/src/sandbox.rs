@@ -94,9 +94,10 @@ const CONTROL: &[libc::c_long] = &[
     libc::SYS_statx,
 ];
 
-/// Of the engine's thread: the sockets between hosts.
+/// Of the engine's thread: the sockets between hosts, and short timers.
 const ENGINE: &[libc::c_long] = &[
     libc::SYS_getsockopt,
+    libc::SYS_ppoll,
     libc::SYS_recvfrom,
     libc::SYS_recvmmsg,
     libc::SYS_recvmsg,

@@ -12,7 +12,9 @@ use freeflow_session::Handle;
 use freeflow_shm::Doorbell;
 use parking_lot::{Mutex as FairMutex, MutexGuard};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use rustix::time::Timespec;
 
 use crate::Config;
 use crate::engine::{Engine, Polled};
@@ -26,6 +28,10 @@ use crate::watch::Progress;
 
 /// Rounds of the engine between looks at doorbells of sessions that are not watched.
 const ROUNDS_PER_LOOK: u32 = 16;
+
+/// Shorter timers than this must not be late by a millisecond: `epoll_wait` knows no smaller unit,
+/// but `poll` does. (`epoll_pwait2` is of Linux 5.11.)
+const LONG: Duration = Duration::from_millis(10);
 
 /// The engine thread's own doorbell among those of the sessions.
 const KICK: u64 = u64::MAX;
@@ -50,6 +56,13 @@ pub(crate) struct Shared {
     graves: Sender<Vec<Session>>,
     /// Control verbs of the endpoints whose rate is limited.
     rates: Mutex<HashMap<Handle, TokenBucket>>,
+}
+
+fn timespec(time: Duration) -> Timespec {
+    Timespec {
+        tv_sec: time.as_secs() as i64,
+        tv_nsec: time.subsec_nanos().into(),
+    }
 }
 
 /// A thread that drops the sessions that are sent to it, until nobody can send any more.
@@ -226,13 +239,16 @@ impl Shared {
     }
 
     /// Waits for doorbells and has the engine watch the sessions that rang.
-    fn look(&self, timeout: Option<Duration>) {
+    fn look(&self, mut timeout: Option<Duration>) {
         let mut events = [const { std::mem::MaybeUninit::uninit() }; 64];
+        if let Some(short) = timeout.filter(|t| !t.is_zero() && *t < LONG) {
+            // Ready or not, the doorbells are looked at.
+            let mut doorbells = [PollFd::new(&*self.doorbells, PollFlags::IN)];
+            let _ = poll(&mut doorbells, Some(&timespec(short)));
+            timeout = Some(Duration::ZERO);
+        }
         // Rounded up: a timer that is due a little later must not be polled for.
-        let timeout = timeout.map(|t| rustix::time::Timespec {
-            tv_sec: t.as_secs() as i64,
-            tv_nsec: t.subsec_nanos().into(),
-        });
+        let timeout = timeout.map(timespec);
         let Ok((events, _)) = epoll::wait(&self.doorbells, &mut events, timeout.as_ref()) else {
             return;
         };
