@@ -163,6 +163,7 @@ impl Engine {
             }
             Request::QueryXrcQp { open } => self.query_xrc_qp(session, open),
             Request::CloseXrcQp { open } => self.close_xrc_qp(session, open),
+            Request::Cm(_) => Err(Errno::OPNOTSUPP),
         }
     }
 

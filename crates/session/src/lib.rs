@@ -11,12 +11,17 @@
 
 #![forbid(unsafe_code)]
 
+mod cm;
 mod codec;
 mod event;
 mod memory;
 mod message;
 mod srq;
 
+pub use cm::{
+    CmDetail, CmEvent, CmEventType, CmIdInfo, CmOption, CmParam, CmPort, CmQp, CmQpAttr, CmRequest,
+    MAX_PRIVATE_DATA, PortSpace,
+};
 pub use codec::{DecodeError, decode_reply, decode_request, encode_reply, encode_request};
 pub use event::Event;
 pub use memory::{

@@ -3,6 +3,7 @@
 use freeflow_types::{DeviceLimits, Gid, Mtu, QpAttr, QpAttrMask, QpCap, QpType, Qpn};
 use serde::{Deserialize, Serialize};
 
+use crate::cm::{CmEvent, CmIdInfo, CmQpAttr, CmRequest};
 use crate::memory::{
     AdviseMr, AllocMw, DmAllocated, ExchangeSlots, MAX_ADVISED, MAX_SLOTS_AT_ONCE, MrRegistered,
     MwAllocated, RegDmMr, RegMr, ReregMr, SlotsExchanged,
@@ -253,6 +254,8 @@ pub enum Request {
         /// The opening.
         open: Handle,
     },
+    /// About the connection manager.
+    Cm(CmRequest),
 }
 
 /// What the virtual device is.
@@ -357,6 +360,23 @@ pub enum Reply {
     XrcQp(XrcQpOpened),
     /// The device.
     Device(DeviceInfo),
+    /// What is known of an id of the connection manager.
+    CmId(CmIdInfo),
+    /// Its next event; none if none waits.
+    CmEvent(Option<Box<CmEvent>>),
+    /// Attributes for an id's queue pair.
+    CmQpAttr(Box<CmQpAttr>),
+    /// An id or a membership is gone, of which so many events were taken out of its channel.
+    CmDestroyed {
+        /// Events taken out so far.
+        events: u32,
+    },
+    /// An id has another channel, with so many events that waited in the old one: as many packets
+    /// of the old channel's socket are void.
+    CmMigrated {
+        /// Events taken along.
+        events: u32,
+    },
 }
 
 /// Why a well-formed request cannot be meant.
@@ -450,6 +470,7 @@ impl Request {
                 at_least_one("length", r.len)?;
                 at_most("offset", r.offset, u64::MAX - r.len)
             }
+            Request::Cm(request) => request.validate(),
             Request::CreateSrq(c) => c.validate(limits),
             Request::ModifySrq(m) => m.validate(limits),
             Request::ModifyQp { attr, .. } | Request::ModifyXrcQp { attr, .. } => {
