@@ -88,6 +88,7 @@ fn ask() {
         };
         Mad {
             transaction: 1000 + u64::from(id),
+            modifier: 0,
             message: Message::SidrReq(message),
         }
     };

@@ -10,6 +10,9 @@ use crate::bytes::{Reader, Writer};
 pub struct Req {
     /// The sender's name for the connection.
     pub local_id: u32,
+    /// Vendor of the sender's device, 24 bits, if it has enhancements to offer; which, says the
+    /// datagram's modifier.
+    pub vendor_id: u32,
     /// Whom it wants.
     pub service_id: u64,
     /// GUID of the sender's device.
@@ -32,7 +35,7 @@ pub struct Req {
     pub transport: TransportType,
     /// Whether the sender's receive queue counts credits.
     pub end_to_end_flow_control: bool,
-    /// First sequence number that the sender will send.
+    /// First sequence number that the receiver is to send.
     pub psn: Psn,
     /// Code of the time in which the sender answers, 5 bits.
     pub local_response_timeout: u8,
@@ -112,7 +115,8 @@ pub struct Path {
 impl Req {
     pub(super) fn read(r: &mut Reader<'_>) -> Result<Self, CmError> {
         let local_id = r.u32_or_0();
-        r.skip(4);
+        let (_, [a, b, c]) = (r.array::<1>(), r.array::<3>());
+        let vendor_id = u32::from_be_bytes([0, a, b, c]);
         let service_id = r.u64_or_0();
         let ca_guid = r.u64_or_0();
         r.skip(4);
@@ -127,6 +131,7 @@ impl Req {
         let alternate = Some(Path::read(r)).filter(|path| *path != Path::default());
         Ok(Req {
             local_id,
+            vendor_id,
             service_id,
             ca_guid,
             qkey,
@@ -161,7 +166,7 @@ impl Req {
 
     pub(super) fn write(&self, w: &mut Writer<'_>) -> Result<(), CmError> {
         w.u32(self.local_id);
-        w.u32(0);
+        w.u32(fits("vendor", self.vendor_id, 24)?);
         w.u64(self.service_id);
         w.u64(self.ca_guid);
         w.u32(0);
@@ -241,8 +246,11 @@ pub struct Rep {
     pub qpn: u32,
     /// End-to-end context, 24 bits; of XRC, the sender's queue pair that initiates.
     pub local_eecn: u32,
-    /// First sequence number that the sender will send.
+    /// First sequence number that the receiver is to send.
     pub psn: Psn,
+    /// Vendor of the sender's device, 24 bits, if it has enhancements to offer; which, says the
+    /// datagram's modifier.
+    pub vendor_id: u32,
     /// READs and atomics that the sender takes at a time.
     pub responder_resources: u8,
     /// READs and atomics that the sender wants to have under way.
@@ -267,7 +275,9 @@ impl Rep {
     pub(super) fn read(r: &mut Reader<'_>) -> Self {
         let (local_id, remote_id) = (r.u32_or_0(), r.u32_or_0());
         let qkey = r.u32_or_0();
-        let [qpn, local_eecn, psn] = [(); 3].map(|()| split24(r.u32_or_0()).0);
+        // Each of these has a byte of the vendor's number behind it.
+        let fields = [(); 3].map(|()| split24(r.u32_or_0()));
+        let [(qpn, high), (local_eecn, middle), (psn, low)] = fields;
         let [responder_resources, initiator_depth, delay, rnr] = r.array();
         Rep {
             local_id,
@@ -276,6 +286,7 @@ impl Rep {
             qpn,
             local_eecn,
             psn: Psn::new(psn),
+            vendor_id: u32::from_be_bytes([0, high, middle, low]),
             responder_resources,
             initiator_depth,
             target_ack_delay: delay >> 3,
@@ -292,9 +303,10 @@ impl Rep {
         w.u32(self.local_id);
         w.u32(self.remote_id);
         w.u32(self.qkey);
-        w.u32(join24("QPN", self.qpn, 0)?);
-        w.u32(join24("local EECN", self.local_eecn, 0)?);
-        w.u32(join24("PSN", self.psn.get(), 0)?);
+        let [_, high, middle, low] = fits("vendor", self.vendor_id, 24)?.to_be_bytes();
+        w.u32(join24("QPN", self.qpn, high)?);
+        w.u32(join24("local EECN", self.local_eecn, middle)?);
+        w.u32(join24("PSN", self.psn.get(), low)?);
         w.u8(self.responder_resources);
         w.u8(self.initiator_depth);
         let delay = fits("target ACK delay", self.target_ack_delay, 5)? << 3

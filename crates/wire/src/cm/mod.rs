@@ -41,6 +41,9 @@ const MASK24: u32 = 0x00FF_FFFF;
 pub struct Mad {
     /// Chosen by who begins an exchange; the answers have the same.
     pub transaction: u64,
+    /// The attribute modifier: which of a vendor's enhancements the sender offers (IBTA volume 1,
+    /// 12.6.5); of most messages, 0.
+    pub modifier: u32,
     /// What it says.
     pub message: Message,
 }
@@ -121,8 +124,8 @@ impl Mad {
         r.skip(4);
         let transaction = r.u64_or_0();
         let attribute = r.u16_or_0();
-        // Reserved, and the attribute modifier.
-        r.skip(6);
+        r.skip(2);
+        let modifier = r.u32_or_0();
         let message = match attribute {
             attribute::REQ => Message::Req(Req::read(r)?),
             attribute::MRA => Message::Mra(Mra::read(r)?),
@@ -138,6 +141,7 @@ impl Mad {
         };
         Ok(Mad {
             transaction,
+            modifier,
             message,
         })
     }
@@ -164,6 +168,8 @@ impl Mad {
         w.u32(0);
         w.u64(self.transaction);
         w.u16(attribute);
+        w.u16(0);
+        w.u32(self.modifier);
         Ok(bytes)
     }
 }
