@@ -44,6 +44,8 @@ resources! {
     Srqs "srqs" = 65_536,
     /// Open XRC domains.
     Xrcds "xrcds" = 65_536,
+    /// Ids of the connection manager.
+    CmIds "cm_ids" = 65_536,
     /// Memory regions.
     Mrs "mrs" = 1 << 19,
     /// Memory windows.
@@ -54,6 +56,8 @@ resources! {
     Outstanding "outstanding" = NONE,
     /// Control verbs per second.
     Control "control" = NONE,
+    /// Connections that the connection manager begins per second.
+    Connects "connects" = 10_000,
 }
 
 /// What is too much.
@@ -104,7 +108,7 @@ impl FromStr for Setting {
             name: name.to_owned(),
         })?;
         let number = match resource {
-            Resource::Control => number.strip_suffix("/s").unwrap_or(number),
+            Resource::Control | Resource::Connects => number.strip_suffix("/s").unwrap_or(number),
             _ => number,
         };
         let limit = if number == "none" {

@@ -163,7 +163,7 @@ impl Engine {
             }
             Request::QueryXrcQp { open } => self.query_xrc_qp(session, open),
             Request::CloseXrcQp { open } => self.close_xrc_qp(session, open),
-            Request::Cm(_) => Err(Errno::OPNOTSUPP),
+            Request::Cm(request) => self.handle_cm(session, request),
         }
     }
 
@@ -767,7 +767,7 @@ impl Engine {
 }
 
 /// A GUID of FreeFlow's own, local by its universal/local bit, from an endpoint's address.
-fn node_guid(gid: [u8; 16]) -> u64 {
+pub(crate) fn node_guid(gid: [u8; 16]) -> u64 {
     let mut guid = [0; 8];
     guid.copy_from_slice(&gid[8..]);
     let mut bytes = [0x02, 0x46, 0x46, 0xFF, 0xFE, guid[5], guid[6], guid[7]];

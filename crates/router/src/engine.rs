@@ -14,6 +14,7 @@ use freeflow_types::{AsyncEventType, DeviceLimits, Gid, QpState, TenantId, WcSta
 use rustc_hash::FxHashMap;
 
 use crate::EndReason;
+use crate::cm::Cm;
 use crate::copier::Copiers;
 use crate::data::Span;
 use crate::events::StreamId;
@@ -107,6 +108,7 @@ pub(crate) struct Engine {
     pub(crate) srqs: Table<Srq>,
     pub(crate) xrc: XrcState,
     pub(crate) network: Network,
+    pub(crate) cm: Cm,
     hot: Vec<Handle>,
     /// Endpoints with queue pairs that have something to do.
     line: VecDeque<Handle>,
@@ -164,6 +166,7 @@ impl Engine {
             srqs: Table::default(),
             xrc: XrcState::default(),
             network: Network::default(),
+            cm: Cm::new(limits.max_rd_atomic),
             hot: Vec::new(),
             line: VecDeque::new(),
             timers: BTreeSet::new(),
@@ -188,6 +191,7 @@ impl Engine {
         self.collect();
         let received = self.receive_network();
         self.fire_timers();
+        self.fire_cm_timers();
         let turns = self.line.len();
         for _ in 0..turns {
             let Some(endpoint) = self.line.pop_front() else {
@@ -332,7 +336,8 @@ impl Engine {
 
     fn next_due(&self) -> Option<u64> {
         let timer = self.timers.first().map(|&(at, _)| at);
-        timer.into_iter().chain(self.network.next_timeout()).min()
+        let others = [self.network.next_timeout(), self.cm.next_timeout()];
+        timer.into_iter().chain(others.into_iter().flatten()).min()
     }
 
     /// Nanoseconds for which what has nothing to do is watched. While other hosts talk to us, their

@@ -31,14 +31,17 @@ pub(crate) enum StreamId {
     Context(Handle),
     /// Events of a completion channel.
     Channel(Handle),
+    /// Events of the connection manager's channel.
+    Cm(Handle),
 }
 
 impl StreamId {
     /// What its socket is known by in the engine's epoll set, beside sessions' doorbells.
-    fn data(self) -> u64 {
+    pub(crate) fn data(self) -> u64 {
         let (kind, handle) = match self {
             StreamId::Context(handle) => (1, handle),
             StreamId::Channel(handle) => (2, handle),
+            StreamId::Cm(handle) => (3, handle),
         };
         kind << KIND_SHIFT | u64::from(handle.0)
     }
@@ -49,6 +52,7 @@ impl StreamId {
         match data >> KIND_SHIFT {
             1 => Some(StreamId::Context(handle)),
             2 => Some(StreamId::Channel(handle)),
+            3 => Some(StreamId::Cm(handle)),
             _ => None,
         }
     }
@@ -134,6 +138,8 @@ impl Engine {
                 Some(c) => (c.session, &mut c.events),
                 None => return,
             },
+            // Its events wait in the channel itself.
+            StreamId::Cm(_) => return,
         };
         let Some(s) = self.sessions.get_mut(session) else {
             return;
@@ -155,6 +161,7 @@ impl Engine {
                 Some(c) => (c.session, &mut c.events),
                 None => return,
             },
+            StreamId::Cm(channel) => return self.show_cm_events(channel),
         };
         let before = stream.waiting();
         stream.flush(&self.doorbells, of.data());

@@ -93,7 +93,8 @@ impl Held {
 
 impl Session {
     pub(crate) fn held(&self) -> Held {
-        let (contexts, channels) = (self.counts.contexts, self.counts.channels);
+        let channels = self.counts.channels + self.counts.cm_channels;
+        let contexts = self.counts.contexts;
         let areas = self.slabs.count() + self.segments.count();
         Held {
             descriptors: OF_A_SESSION + u64::from(contexts) + u64::from(channels) + areas,

@@ -10,6 +10,7 @@
 
 mod admin;
 mod bridges;
+mod cm;
 mod connections;
 mod control;
 mod copier;

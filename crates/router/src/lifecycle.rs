@@ -88,6 +88,7 @@ impl Engine {
         for session in self.sessions.of(endpoint) {
             self.end_session(session, EndReason::EndpointRemoved);
         }
+        self.forget_cm(endpoint);
         if let Some(e) = self.endpoints.remove(endpoint) {
             self.by_gid.remove(&(e.tenant, e.gid));
         }
@@ -187,6 +188,8 @@ impl Engine {
             let slabs = std::mem::replace(&mut s.slabs, slabs);
             (slabs, std::mem::replace(&mut s.segments, segments))
         });
+        // Peers hear of it before their queue pairs find out.
+        self.remove_cm_of(session);
         for context in self.contexts.of(session) {
             while !self.remove_context(context, usize::MAX) {}
         }

@@ -167,6 +167,9 @@ pub(crate) struct Counts {
     pub(crate) qps: u32,
     pub(crate) srqs: u32,
     pub(crate) xrcds: u32,
+    /// Ids and event channels of the connection manager.
+    pub(crate) cm_ids: u32,
+    pub(crate) cm_channels: u32,
     /// Work requests that its queues can hold.
     pub(crate) outstanding: u64,
     /// Pieces of all memory regions.

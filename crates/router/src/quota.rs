@@ -1,7 +1,7 @@
 //! Quotas: what all sessions of an endpoint together may have.
 
 use freeflow_api::QuotaStatus;
-use freeflow_policy::{Quota, Resource, Setting, Usage};
+use freeflow_policy::{Quota, Resource, Setting, TokenBucket, Usage};
 use freeflow_session::Handle;
 use freeflow_types::DeviceLimits;
 use rustix::io::Errno;
@@ -13,12 +13,40 @@ use crate::objects::{Endpoint, Session};
 const TELL_AGAIN: u64 = 60_000_000_000;
 
 /// An endpoint's quota, and how it is used.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Allowance {
     pub(crate) quota: Quota,
     usage: Usage,
+    /// When it may begin connections.
+    connects: TokenBucket,
     /// Of each resource, how often there was too little, and when that was told.
     refused: [(u64, Option<u64>); Resource::ALL.len()],
+}
+
+impl Default for Allowance {
+    fn default() -> Self {
+        let quota = Quota::default();
+        Allowance {
+            connects: TokenBucket::new(quota.limit(Resource::Connects), 0),
+            quota,
+            usage: Usage::default(),
+            refused: Default::default(),
+        }
+    }
+}
+
+impl Allowance {
+    /// When the next connection may begin; [`u64::MAX`] if never.
+    pub(crate) fn take_connect(&mut self, now: u64) -> u64 {
+        self.connects.take(now)
+    }
+
+    fn set(&mut self, setting: Setting, now: u64) {
+        self.quota.set(setting);
+        if setting.resource == Resource::Connects {
+            self.connects.set_rate(setting.limit, now);
+        }
+    }
 }
 
 impl Session {
@@ -27,11 +55,15 @@ impl Session {
         let c = &self.counts;
         [
             (Resource::Pds, c.pds.into()),
-            (Resource::Channels, c.channels.into()),
+            (
+                Resource::Channels,
+                u64::from(c.channels) + u64::from(c.cm_channels),
+            ),
             (Resource::Cqs, c.cqs.into()),
             (Resource::Qps, c.qps.into()),
             (Resource::Srqs, c.srqs.into()),
             (Resource::Xrcds, c.xrcds.into()),
+            (Resource::CmIds, c.cm_ids.into()),
             (Resource::Mrs, u64::from(c.mrs) + u64::from(c.slots)),
             (Resource::Mws, c.mws.into()),
             (Resource::Registered, c.registered),
@@ -95,8 +127,9 @@ impl Endpoint {
 impl Engine {
     /// Changes an endpoint's quota; what is in use above it stays.
     pub(crate) fn set_quota(&mut self, endpoint: Handle, settings: &[Setting]) {
+        let now = self.now;
         if let Some(e) = self.endpoints.get_mut(endpoint) {
-            settings.iter().for_each(|&s| e.allowance.quota.set(s));
+            settings.iter().for_each(|&s| e.allowance.set(s, now));
         }
     }
 

@@ -1,0 +1,208 @@
+//! The connection manager's ids and event channels as objects of sessions. The manager itself
+//! (`freeflow_cm`) knows no sessions: it is told what programs ask for, and what it has to send
+//! or tell goes from here to other endpoints' managers and to programs' channels.
+
+mod channels;
+mod requests;
+#[cfg(test)]
+mod tests;
+mod ways;
+
+use freeflow_cm::{Arrival, Manager, Output, Port};
+use freeflow_policy::Resource;
+use freeflow_session::{CmIdInfo, Handle};
+use freeflow_types::Gid;
+use rustix::io::Errno;
+
+pub(crate) use channels::CmChannel;
+
+use crate::engine::Engine;
+use crate::table::{Owned, Table};
+
+/// The state of the connection manager.
+pub(crate) struct Cm {
+    manager: Manager,
+    ids: Table<CmId>,
+    channels: Table<CmChannel>,
+}
+
+/// An id, as far as it is not the manager's.
+pub(crate) struct CmId {
+    session: Handle,
+    channel: Handle,
+    /// Events that were taken out of its channel.
+    taken: u32,
+    /// Events that wait there.
+    waiting: u32,
+    groups: Vec<Membership>,
+}
+
+/// A multicast group that an id has joined.
+struct Membership {
+    cookie: u64,
+    /// Events about it that were taken.
+    taken: u32,
+}
+
+impl CmId {
+    fn new(session: Handle, channel: Handle) -> Self {
+        CmId {
+            session,
+            channel,
+            taken: 0,
+            waiting: 0,
+            groups: Vec::new(),
+        }
+    }
+}
+
+impl Owned for CmId {
+    fn owner(&self) -> Handle {
+        self.session
+    }
+}
+
+impl Cm {
+    pub(crate) fn new(max_rd_atomic: u8) -> Self {
+        Cm {
+            manager: Manager::new(max_rd_atomic),
+            ids: Table::default(),
+            channels: Table::default(),
+        }
+    }
+
+    /// When [`Engine::fire_cm_timers`] has something to do.
+    pub(crate) fn next_timeout(&self) -> Option<u64> {
+        self.manager.next_timeout()
+    }
+
+    fn info(&self, id: Handle) -> Result<CmIdInfo, Errno> {
+        self.manager.info(id).ok_or(Errno::INVAL)
+    }
+}
+
+/// 64 bits that nobody can guess.
+fn entropy() -> Result<u64, Errno> {
+    getrandom::u64().map_err(|_| Errno::AGAIN)
+}
+
+impl Engine {
+    /// Repeats and ends what is due.
+    pub(crate) fn fire_cm_timers(&mut self) {
+        let due = self.cm.next_timeout().is_some_and(|at| at <= self.now);
+        if due {
+            self.cm.manager.on_timeout(self.now);
+            self.run_cm();
+        }
+    }
+
+    /// Sends and tells what the manager has, until there is nothing more. That ends: each message
+    /// is answered at most once, and no answer is answered.
+    pub(crate) fn run_cm(&mut self) {
+        loop {
+            let output = self.cm.manager.take_output();
+            if output.is_empty() {
+                return;
+            }
+            for one in output {
+                match one {
+                    Output::Tell { id, event } => self.tell_cm(id, *event),
+                    Output::Send { from, to, mad } => self.send_cm(&from, to, &mad),
+                }
+            }
+        }
+    }
+
+    /// Sends a datagram to the manager of another port, which is here, or on another host. One
+    /// that nobody is found for is lost, as on any network.
+    fn send_cm(&mut self, from: &Port, to: Gid, mad: &[u8]) {
+        let Some(e) = self.endpoints.get(from.endpoint) else {
+            return;
+        };
+        let ports = if from.index == 0 {
+            let here = self.by_gid.get(&(e.tenant, to));
+            here.and_then(|&e| self.cm_port(e, 0)).into_iter().collect()
+        } else {
+            self.underlay_ports(to)
+        };
+        if !ports.is_empty() {
+            let source = from.gid;
+            self.receive_cm(&Arrival { ports, source }, mad);
+        }
+    }
+
+    /// A datagram has come; false if it is none of the connection manager's.
+    pub(crate) fn receive_cm(&mut self, arrival: &Arrival, mad: &[u8]) -> bool {
+        // Meanwhile nobody else has to do with it.
+        let empty = Manager::new(0);
+        let mut manager = std::mem::replace(&mut self.cm.manager, empty);
+        let now = self.now;
+        let read = manager.receive(now, arrival, mad, &mut |listener| {
+            self.new_peer_id(listener)
+        });
+        self.cm.manager = manager;
+        read.is_ok()
+    }
+
+    /// Makes the id of a request to a listener, in the listener's channel.
+    fn new_peer_id(&mut self, listener: Handle) -> Option<(Handle, u64)> {
+        let l = self.cm.ids.get(listener)?;
+        let (session, channel) = (l.session, l.channel);
+        let entropy = entropy().ok()?;
+        let id = self.add_cm_id(session, channel).ok()?;
+        // It is not this session that has asked for something now.
+        self.account(session);
+        Some((id, entropy))
+    }
+
+    /// Adds an id to a session that may have one more.
+    fn add_cm_id(&mut self, session: Handle, channel: Handle) -> Result<Handle, Errno> {
+        self.check_quota(session, Resource::CmIds, 1)?;
+        let id = CmId::new(session, channel);
+        let id = self.cm.ids.insert(id).ok_or(Errno::NOMEM)?;
+        if let Some(s) = self.sessions.get_mut(session) {
+            s.counts.cm_ids += 1;
+        }
+        if let Some(c) = self.cm.channels.get_mut(channel) {
+            c.users += 1;
+        }
+        Ok(id)
+    }
+
+    /// Removes an id with the events that wait of it, and the requests among these; how many of
+    /// its events were taken.
+    fn remove_cm_id(&mut self, id: Handle) -> u32 {
+        let Some(old) = self.cm.ids.remove(id) else {
+            return 0;
+        };
+        self.cm.manager.destroy(self.now, id);
+        let mut requests = Vec::new();
+        if let Some(channel) = self.cm.channels.get_mut(old.channel) {
+            channel.users -= 1;
+            requests = channel.forget(id);
+        }
+        if let Some(s) = self.sessions.get_mut(old.session) {
+            s.counts.cm_ids -= 1;
+        }
+        for request in requests {
+            self.remove_cm_id(request);
+        }
+        old.taken
+    }
+
+    /// A session ends: its ids and channels go, and whoever they are connected with is told.
+    pub(crate) fn remove_cm_of(&mut self, session: Handle) {
+        for id in self.cm.ids.of(session) {
+            self.remove_cm_id(id);
+        }
+        for channel in self.cm.channels.of(session) {
+            self.remove_cm_channel(channel);
+        }
+        self.run_cm();
+    }
+
+    /// An endpoint ends, without sessions by now.
+    pub(crate) fn forget_cm(&mut self, endpoint: Handle) {
+        self.cm.manager.forget(endpoint);
+    }
+}

@@ -1,0 +1,220 @@
+//! Event channels: events wait in the router, and one packet of one byte for each is sent down
+//! the channel's socket, to show that something waits.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+
+use freeflow_cm::Event;
+use freeflow_session::{CmDetail, CmEvent, CmEventType, Handle};
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::io::Errno;
+use rustix::net::SendFlags;
+use rustix::net::sockopt::set_socket_send_buffer_size;
+
+use crate::engine::Engine;
+use crate::events::StreamId;
+use crate::table::Owned;
+
+/// Bytes of the kernel's memory that packets may take which are not read.
+const SOCKET_BYTES: usize = 4096;
+
+/// An event channel.
+pub(crate) struct CmChannel {
+    session: Handle,
+    socket: OwnedFd,
+    events: VecDeque<CmEvent>,
+    /// Packets for which there was no room.
+    owed: u32,
+    /// Whether the socket is in the epoll set.
+    known: bool,
+    /// Ids whose events come here.
+    pub(super) users: u32,
+}
+
+impl Owned for CmChannel {
+    fn owner(&self) -> Handle {
+        self.session
+    }
+}
+
+impl CmChannel {
+    pub(super) fn new(session: Handle, socket: OwnedFd) -> Result<Self, Errno> {
+        set_socket_send_buffer_size(&socket, SOCKET_BYTES)?;
+        Ok(CmChannel {
+            session,
+            socket,
+            events: VecDeque::new(),
+            owed: 0,
+            known: false,
+            users: 0,
+        })
+    }
+
+    pub(super) fn session(&self) -> Handle {
+        self.session
+    }
+
+    /// Removes the events of an id; the ids of requests among them.
+    pub(super) fn forget(&mut self, id: Handle) -> Vec<Handle> {
+        let of = self.take_of(id);
+        of.iter().filter_map(|event| event.new_id).collect()
+    }
+
+    /// Takes the events of an id out of the line, in their order.
+    pub(super) fn take_of(&mut self, id: Handle) -> Vec<CmEvent> {
+        let all = std::mem::take(&mut self.events);
+        let (of, others) = all.into_iter().partition(|event: &CmEvent| event.id == id);
+        self.events = others;
+        Vec::from(of)
+    }
+
+    /// Puts an event in line.
+    pub(super) fn add(&mut self, event: CmEvent, set: &OwnedFd, data: u64) {
+        self.events.push_back(event);
+        self.owed = self.owed.saturating_add(1);
+        self.show(set, data);
+    }
+
+    /// Sends the packets that are owed, as far as there is room; the rest when there is room
+    /// again.
+    fn show(&mut self, set: &OwnedFd, data: u64) {
+        while self.owed != 0 {
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            match rustix::net::send(&self.socket, &[1], flags) {
+                Err(Errno::AGAIN | Errno::NOBUFS) => return self.watch(set, data),
+                // A reader that is gone wants no event.
+                _ => self.owed -= 1,
+            }
+        }
+    }
+
+    /// Has the engine's thread woken once, when there is room.
+    fn watch(&mut self, set: &OwnedFd, data: u64) {
+        let flags = EventFlags::OUT | EventFlags::ONESHOT;
+        let data = EventData::new_u64(data);
+        let watched = if self.known {
+            epoll::modify(set, &self.socket, data, flags)
+        } else {
+            epoll::add(set, &self.socket, data, flags)
+        };
+        self.known |= watched.is_ok();
+    }
+}
+
+impl Engine {
+    /// Tells an id's program something.
+    pub(super) fn tell_cm(&mut self, id: Handle, event: Event) {
+        let Ok(info) = self.cm.info(event.new_id.unwrap_or(id)) else {
+            return;
+        };
+        let Some(i) = self.cm.ids.get_mut(id) else {
+            return;
+        };
+        let handle = i.channel;
+        let Some(channel) = self.cm.channels.get_mut(handle) else {
+            return;
+        };
+        i.waiting += 1;
+        let event = CmEvent {
+            id,
+            new_id: event.new_id,
+            event: event.event,
+            status: event.status,
+            detail: event.detail,
+            private_data: event.private_data,
+            ece: event.ece,
+            info,
+        };
+        channel.add(event, &self.doorbells, StreamId::Cm(handle).data());
+    }
+
+    /// Takes the first event out of a channel.
+    pub(super) fn take_cm_event(&mut self, handle: Handle) -> Option<CmEvent> {
+        let channel = self.cm.channels.get_mut(handle)?;
+        let event = channel.events.pop_front();
+        channel.show(&self.doorbells, StreamId::Cm(handle).data());
+        let event = event?;
+        if let Some(i) = self.cm.ids.get_mut(event.id) {
+            i.waiting = i.waiting.saturating_sub(1);
+            i.taken = i.taken.wrapping_add(1);
+            if let CmDetail::Datagram { cookie, .. } = event.detail
+                && event.event == CmEventType::MulticastJoin
+                && let Some(group) = i.groups.iter_mut().find(|g| g.cookie == cookie)
+            {
+                group.taken = group.taken.wrapping_add(1);
+            }
+        }
+        if event.event == CmEventType::ConnectRequest {
+            self.cm.manager.request_taken(event.id);
+        }
+        Some(event)
+    }
+
+    /// Removes the events of a group that an id has left; how many of them were taken.
+    pub(super) fn forget_cm_group(&mut self, id: Handle, cookie: u64, taken: u32) -> u32 {
+        let channel = self.cm.ids.get(id).map(|i| i.channel);
+        let channel = channel.and_then(|channel| self.cm.channels.get_mut(channel));
+        let mut gone = 0;
+        if let Some(channel) = channel {
+            let before = channel.events.len();
+            channel.events.retain(|event| {
+                let of =
+                    matches!(event.detail, CmDetail::Datagram { cookie: c, .. } if c == cookie);
+                event.id != id || event.event != CmEventType::MulticastJoin || !of
+            });
+            gone = (before - channel.events.len()) as u32;
+        }
+        if let Some(i) = self.cm.ids.get_mut(id) {
+            i.waiting = i.waiting.saturating_sub(gone);
+        }
+        taken
+    }
+
+    /// Moves an id with its events to another channel of its session; how many events.
+    pub(super) fn migrate_cm_id(&mut self, id: Handle, to: Handle) -> u32 {
+        let Some(i) = self.cm.ids.get_mut(id) else {
+            return 0;
+        };
+        let from = std::mem::replace(&mut i.channel, to);
+        let mut events = Vec::new();
+        if let Some(channel) = self.cm.channels.get_mut(from) {
+            channel.users -= 1;
+            events = channel.take_of(id);
+        }
+        let count = events.len() as u32;
+        // The ids of requests that wait come along.
+        for request in events.iter().filter_map(|event| event.new_id) {
+            if let Some(r) = self.cm.ids.get_mut(request) {
+                r.channel = to;
+            }
+            if let Some(channel) = self.cm.channels.get_mut(from) {
+                channel.users -= 1;
+            }
+            if let Some(channel) = self.cm.channels.get_mut(to) {
+                channel.users += 1;
+            }
+        }
+        if let Some(channel) = self.cm.channels.get_mut(to) {
+            channel.users += 1;
+            for event in events {
+                channel.add(event, &self.doorbells, StreamId::Cm(to).data());
+            }
+        }
+        count
+    }
+
+    /// A channel's socket has room.
+    pub(crate) fn show_cm_events(&mut self, handle: Handle) {
+        if let Some(channel) = self.cm.channels.get_mut(handle) {
+            channel.show(&self.doorbells, StreamId::Cm(handle).data());
+        }
+    }
+
+    pub(super) fn remove_cm_channel(&mut self, channel: Handle) {
+        if let Some(c) = self.cm.channels.remove(channel)
+            && let Some(s) = self.sessions.get_mut(c.session)
+        {
+            s.counts.cm_channels -= 1;
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! What sessions ask the connection manager for.
+
+use std::net::SocketAddr;
+
+use freeflow_cm::Refused;
+use freeflow_policy::Resource;
+use freeflow_session::{CmRequest, Handle, Reply};
+use freeflow_shm::event_pair;
+use rustix::io::Errno;
+
+use super::{CmChannel, CmId, Membership, entropy};
+use crate::control::{Outcome, created, done};
+use crate::engine::Engine;
+use crate::held::Held;
+
+/// Events of an id that may wait before it gets no more of those that its program asks for.
+const MAX_WAITING: u32 = 256;
+
+/// Groups that an id may have joined.
+const MAX_GROUPS: usize = 1024;
+
+fn errno(refused: Refused) -> Errno {
+    Errno::from_raw_os_error(refused.errno())
+}
+
+fn reply(reply: Reply) -> Outcome {
+    Ok((reply, Vec::new()))
+}
+
+impl Engine {
+    pub(crate) fn handle_cm(&mut self, session: Handle, request: CmRequest) -> Outcome {
+        let outcome = self.ask_cm(session, request);
+        self.run_cm();
+        outcome
+    }
+
+    fn ask_cm(&mut self, session: Handle, request: CmRequest) -> Outcome {
+        let now = self.now;
+        if let Some(id) = own(&request) {
+            self.own_cm_id(session, id)?;
+        }
+        let manager = &mut self.cm.manager;
+        let result = match request {
+            CmRequest::CreateChannel => return self.create_cm_channel(session),
+            CmRequest::DestroyChannel { channel } => {
+                if self.own_cm_channel(session, channel)?.users != 0 {
+                    return Err(Errno::BUSY);
+                }
+                self.remove_cm_channel(channel);
+                Ok(())
+            }
+            CmRequest::GetEvent { channel } => {
+                self.own_cm_channel(session, channel)?;
+                let event = self.take_cm_event(channel).map(Box::new);
+                return reply(Reply::CmEvent(event));
+            }
+            CmRequest::CreateId {
+                channel,
+                port_space,
+                qp_type,
+            } => {
+                self.own_cm_channel(session, channel)?;
+                let endpoint = self.session_mut(session)?.endpoint;
+                let entropy = entropy()?;
+                let id = self.add_cm_id(session, channel)?;
+                let manager = &mut self.cm.manager;
+                manager.create(id, endpoint, port_space, qp_type, entropy);
+                return created(id, None);
+            }
+            CmRequest::DestroyId { id } => {
+                let events = self.remove_cm_id(id);
+                return reply(Reply::CmDestroyed { events });
+            }
+            CmRequest::MigrateId { id, channel } => {
+                self.own_cm_channel(session, channel)?;
+                let events = self.migrate_cm_id(id, channel);
+                return reply(Reply::CmMigrated { events });
+            }
+            CmRequest::QueryId { id } => return self.cm_info(id),
+            CmRequest::BindAddr { id, addr } => {
+                let endpoint = self.session_mut(session)?.endpoint;
+                let port = self.cm_own(endpoint, addr.ip());
+                self.cm.manager.bind(id, addr, port).map_err(errno)?;
+                return self.cm_info(id);
+            }
+            CmRequest::ResolveAddr { id, src, dst, .. } => {
+                return self.resolve_cm_addr(session, id, src, dst);
+            }
+            CmRequest::ResolveRoute { id, .. } => manager.resolve_route(id),
+            CmRequest::Listen { id, backlog } => {
+                manager.listen(id, backlog).map_err(errno)?;
+                return self.cm_info(id);
+            }
+            CmRequest::Connect { id, param } => {
+                let at = self.may_connect(session)?;
+                self.cm.manager.connect(now, at, id, &param)
+            }
+            CmRequest::Accept { id, param } => manager.accept(now, id, param.as_ref()),
+            CmRequest::Reject {
+                id,
+                private_data,
+                for_ece,
+            } => manager.reject(now, id, &private_data, for_ece),
+            CmRequest::Disconnect { id } => manager.disconnect(now, id),
+            CmRequest::Notify { id, event } => manager.notify(id, event),
+            CmRequest::InitQpAttr { id, state } => {
+                let attr = manager.init_qp_attr(id, state).map_err(errno)?;
+                return reply(Reply::CmQpAttr(Box::new(attr)));
+            }
+            CmRequest::SetOption { id, option } => manager.set_option(id, option),
+            CmRequest::Join {
+                id, addr, cookie, ..
+            } => {
+                let i = self.own_cm_id(session, id)?;
+                if i.waiting >= MAX_WAITING || i.groups.len() >= MAX_GROUPS {
+                    return Err(Errno::NOMEM);
+                }
+                self.cm.manager.join(id, addr, cookie).map_err(errno)?;
+                let joined = Membership { cookie, taken: 0 };
+                self.own_cm_id(session, id)?.groups.push(joined);
+                Ok(())
+            }
+            CmRequest::Leave { id, cookie } => {
+                let i = self.own_cm_id(session, id)?;
+                let at = i.groups.iter().position(|group| group.cookie == cookie);
+                let group = i.groups.swap_remove(at.ok_or(Errno::INVAL)?);
+                let events = self.forget_cm_group(id, cookie, group.taken);
+                return reply(Reply::CmDestroyed { events });
+            }
+            CmRequest::WriteEvent { id, status, arg } => {
+                if self.own_cm_id(session, id)?.waiting >= MAX_WAITING {
+                    return Err(Errno::NOMEM);
+                }
+                self.cm.manager.write_event(id, status, arg)
+            }
+        };
+        result.map_err(errno)?;
+        done()
+    }
+
+    fn own_cm_id(&mut self, session: Handle, id: Handle) -> Result<&mut CmId, Errno> {
+        let id = self.cm.ids.get_mut(id).filter(|id| id.session == session);
+        id.ok_or(Errno::INVAL)
+    }
+
+    fn own_cm_channel(&mut self, session: Handle, ch: Handle) -> Result<&mut CmChannel, Errno> {
+        let channel = self.cm.channels.get_mut(ch);
+        let own = channel.filter(|channel| channel.session() == session);
+        own.ok_or(Errno::INVAL)
+    }
+
+    fn cm_info(&self, id: Handle) -> Outcome {
+        reply(Reply::CmId(self.cm.info(id)?))
+    }
+
+    fn create_cm_channel(&mut self, session: Handle) -> Outcome {
+        self.check_quota(session, Resource::Channels, 1)?;
+        self.check_session(session, Held::DESCRIPTOR)?;
+        let (router, program) = event_pair()?;
+        let channel = CmChannel::new(session, router)?;
+        let channel = self.cm.channels.insert(channel).ok_or(Errno::NOMEM)?;
+        self.session_mut(session)?.counts.cm_channels += 1;
+        created(channel, Some(program))
+    }
+
+    fn resolve_cm_addr(
+        &mut self,
+        session: Handle,
+        id: Handle,
+        src: Option<SocketAddr>,
+        dst: SocketAddr,
+    ) -> Outcome {
+        if self.own_cm_id(session, id)?.waiting >= MAX_WAITING {
+            return Err(Errno::NOMEM);
+        }
+        let endpoint = self.session_mut(session)?.endpoint;
+        let own = src.and_then(|src| self.cm_own(endpoint, src.ip()));
+        let from = self.cm.manager.port(id).or(own);
+        let way = self.cm_way(endpoint, from, dst);
+        let manager = &mut self.cm.manager;
+        let resolved = manager.resolve_addr(id, (src, own), dst, way);
+        resolved.map_err(errno)?;
+        done()
+    }
+
+    /// When the endpoint of a session may begin another connection. EAGAIN: never.
+    fn may_connect(&mut self, session: Handle) -> Result<u64, Errno> {
+        let endpoint = self.session_mut(session)?.endpoint;
+        let e = self.endpoints.get_mut(endpoint).ok_or(Errno::NODEV)?;
+        match e.allowance.take_connect(self.now) {
+            u64::MAX => Err(Errno::AGAIN),
+            at => Ok(at),
+        }
+    }
+}
+
+/// The id that a request is about.
+fn own(request: &CmRequest) -> Option<Handle> {
+    match request {
+        CmRequest::CreateChannel
+        | CmRequest::DestroyChannel { .. }
+        | CmRequest::GetEvent { .. }
+        | CmRequest::CreateId { .. } => None,
+        CmRequest::DestroyId { id }
+        | CmRequest::MigrateId { id, .. }
+        | CmRequest::QueryId { id }
+        | CmRequest::BindAddr { id, .. }
+        | CmRequest::ResolveAddr { id, .. }
+        | CmRequest::ResolveRoute { id, .. }
+        | CmRequest::Listen { id, .. }
+        | CmRequest::Connect { id, .. }
+        | CmRequest::Accept { id, .. }
+        | CmRequest::Reject { id, .. }
+        | CmRequest::Disconnect { id }
+        | CmRequest::Notify { id, .. }
+        | CmRequest::InitQpAttr { id, .. }
+        | CmRequest::SetOption { id, .. }
+        | CmRequest::Join { id, .. }
+        | CmRequest::Leave { id, .. }
+        | CmRequest::WriteEvent { id, .. } => Some(*id),
+    }
+}

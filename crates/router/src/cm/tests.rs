@@ -1,0 +1,770 @@
+//! Programs of two endpoints and the connection manager between them, in virtual time.
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use freeflow_session::{
+    CmDetail, CmEvent, CmEventType as Kind, CmIdInfo, CmOption, CmParam, CmQp, CmQpAttr, CmRequest,
+    Handle, PortSpace, Reply, Request,
+};
+use freeflow_types::{
+    Access, AsyncEventType, Gid, QpAttrMask as Mask, QpState, QpType, Qpn, VirtualIp,
+};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
+
+use crate::EndReason;
+use crate::testbed::{Host, Made, Process};
+
+const A: &str = "10.77.0.1";
+const B: &str = "10.77.0.2";
+const PORT: u16 = 7471;
+const SECOND: u64 = 1_000_000_000;
+
+/// A process with one event channel.
+struct Program {
+    process: Process,
+    channel: Handle,
+    packets: Arc<OwnedFd>,
+}
+
+fn program(host: &mut Host, endpoint: Handle) -> Program {
+    let process = host.process(endpoint, 1000);
+    let (channel, packets) = channel(host, process.session);
+    Program {
+        process,
+        channel,
+        packets,
+    }
+}
+
+fn channel(host: &mut Host, session: Handle) -> (Handle, Arc<OwnedFd>) {
+    let request = Request::Cm(CmRequest::CreateChannel);
+    let answer = host.engine.handle(session, request);
+    let Ok(Reply::Created(channel)) = answer.reply else {
+        panic!("{:?}", answer.reply);
+    };
+    (channel, answer.fds.into_iter().next().unwrap())
+}
+
+/// Two programs on two endpoints of a tenant.
+fn two() -> (Host, Program, Program) {
+    let mut host = Host::new();
+    let (a, b) = (host.endpoint(A), host.endpoint(B));
+    let (a, b) = (program(&mut host, a), program(&mut host, b));
+    (host, a, b)
+}
+
+fn address(ip: &str, port: u16) -> SocketAddr {
+    SocketAddr::new(ip.parse().unwrap(), port)
+}
+
+fn gid(ip: &str) -> Gid {
+    VirtualIp(ip.parse().unwrap()).into()
+}
+
+fn param(qpn: u32, private_data: &[u8]) -> CmParam {
+    CmParam {
+        qp: CmQp {
+            qpn: Qpn::new(qpn),
+            qp_type: QpType::Rc,
+            srq: false,
+        },
+        private_data: private_data.to_vec(),
+        responder_resources: 1,
+        initiator_depth: 1,
+        flow_control: false,
+        retry_count: 6,
+        rnr_retry_count: 5,
+        qkey: None,
+        ece: None,
+    }
+}
+
+impl Program {
+    fn ask(&self, host: &mut Host, request: CmRequest) -> Result<Reply, Errno> {
+        host.ask(self.process.session, Request::Cm(request))
+    }
+
+    fn done(&self, host: &mut Host, request: CmRequest) {
+        let told = format!("{request:?}");
+        assert_eq!(self.ask(host, request), Ok(Reply::Done), "{told}");
+    }
+
+    fn info(&self, host: &mut Host, request: CmRequest) -> Result<CmIdInfo, Errno> {
+        match self.ask(host, request)? {
+            Reply::CmId(info) => Ok(info),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn id(&self, host: &mut Host, port_space: PortSpace) -> Handle {
+        let request = CmRequest::CreateId {
+            channel: self.channel,
+            port_space,
+            qp_type: QpType::Rc,
+        };
+        match self.ask(host, request) {
+            Ok(Reply::Created(id)) => id,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Packets on the channel's socket, which are read then.
+    fn packets(&self) -> usize {
+        let mut bytes = [0; 4];
+        let mut count = 0;
+        while let Ok((_, n)) = rustix::net::recv(&*self.packets, &mut bytes, RecvFlags::DONTWAIT)
+            && n != 0
+        {
+            assert_eq!(n, 1);
+            count += 1;
+        }
+        count
+    }
+
+    /// The next event, if one waits: then a packet says so.
+    fn event(&self, host: &mut Host) -> Option<CmEvent> {
+        let channel = self.channel;
+        let packet = rustix::net::recv(&*self.packets, &mut [0; 4], RecvFlags::DONTWAIT);
+        match self.ask(host, CmRequest::GetEvent { channel }) {
+            Ok(Reply::CmEvent(event)) => {
+                assert_eq!(packet.is_ok(), event.is_some());
+                event.map(|event| *event)
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn expect(&self, host: &mut Host, event: Kind, status: i32) -> CmEvent {
+        let got = self.event(host).unwrap_or_else(|| panic!("no {event:?}"));
+        assert_eq!((got.event, got.status), (event, status), "{got:?}");
+        got
+    }
+
+    fn quiet(&self, host: &mut Host) {
+        assert_eq!(self.event(host), None);
+    }
+
+    fn listener(&self, host: &mut Host, space: PortSpace, addr: &str, backlog: u32) -> Handle {
+        let id = self.id(host, space);
+        let addr = address(addr, PORT);
+        self.info(host, CmRequest::BindAddr { id, addr }).unwrap();
+        self.info(host, CmRequest::Listen { id, backlog }).unwrap();
+        id
+    }
+
+    /// An id with a route to an address.
+    fn routed(&self, host: &mut Host, space: PortSpace, to: &str) -> Handle {
+        let id = self.id(host, space);
+        self.route(host, id, to);
+        id
+    }
+
+    fn route(&self, host: &mut Host, id: Handle, to: &str) {
+        self.done(host, resolve(id, to));
+        let event = self.expect(host, Kind::AddrResolved, 0);
+        assert_eq!(event.info.dst, Some(address(to, PORT)));
+        let timeout_ms = 2000;
+        self.done(host, CmRequest::ResolveRoute { id, timeout_ms });
+        self.expect(host, Kind::RouteResolved, 0);
+    }
+
+    fn connect(&self, host: &mut Host, id: Handle, param: CmParam) {
+        self.done(host, CmRequest::Connect { id, param });
+    }
+
+    fn accept(&self, host: &mut Host, id: Handle, param: CmParam) {
+        let param = Some(param);
+        self.done(host, CmRequest::Accept { id, param });
+    }
+
+    fn finish(&self, host: &mut Host, id: Handle) {
+        self.done(host, CmRequest::Accept { id, param: None });
+    }
+
+    fn destroy(&self, host: &mut Host, id: Handle) -> u32 {
+        match self.ask(host, CmRequest::DestroyId { id }) {
+            Ok(Reply::CmDestroyed { events }) => events,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn attr(&self, host: &mut Host, id: Handle, state: QpState) -> Result<CmQpAttr, Errno> {
+        match self.ask(host, CmRequest::InitQpAttr { id, state })? {
+            Reply::CmQpAttr(attr) => Ok(*attr),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Brings a queue pair to a state as the manager says.
+    fn modify(&self, host: &mut Host, id: Handle, qp: Made, state: QpState) -> CmQpAttr {
+        let got = self.attr(host, id, state).unwrap();
+        let request = Request::ModifyQp {
+            qp: qp.handle,
+            attr: got.attr,
+            mask: got.mask,
+        };
+        let reply = host.ask(self.process.session, request);
+        assert_eq!(reply, Ok(Reply::Done), "{state:?}: {got:?}");
+        got
+    }
+
+    fn qp(&self, host: &mut Host) -> Made {
+        let cq = host.cq(&self.process);
+        host.qp(&self.process, QpType::Rc, (cq, Some(cq)), None)
+    }
+}
+
+fn resolve(id: Handle, to: &str) -> CmRequest {
+    CmRequest::ResolveAddr {
+        id,
+        src: None,
+        dst: address(to, PORT),
+        timeout_ms: 2000,
+    }
+}
+
+/// A connection of `a` with a listener of `b`: the ids of both.
+fn connected(host: &mut Host, a: &Program, b: &Program) -> (Handle, Handle) {
+    let listener = b.listener(host, PortSpace::Tcp, B, 0);
+    let id = a.routed(host, PortSpace::Tcp, B);
+    a.connect(host, id, param(0x111, b""));
+    let peer = b.expect(host, Kind::ConnectRequest, 0).new_id.unwrap();
+    b.accept(host, peer, param(0x222, b""));
+    a.expect(host, Kind::ConnectResponse, 0);
+    a.finish(host, id);
+    b.expect(host, Kind::Established, 0);
+    b.destroy(host, listener);
+    (id, peer)
+}
+
+#[test]
+fn two_programs_connect_and_disconnect() {
+    let (mut host, a, b) = two();
+    let host = &mut host;
+    let listener = b.listener(host, PortSpace::Tcp, "0.0.0.0", 0);
+    assert_eq!(
+        b.info(host, CmRequest::QueryId { id: listener })
+            .unwrap()
+            .port,
+        None
+    );
+    let (qa, qb) = (a.qp(host), b.qp(host));
+    let id = a.routed(host, PortSpace::Tcp, B);
+    let info = a.info(host, CmRequest::QueryId { id }).unwrap();
+    let port = info.port.unwrap();
+    assert_eq!((port.sgid, port.sgid_index), (gid(A), 0));
+    assert_eq!(port.dgid, Some(gid(B)));
+    // Before there is a connection a queue pair has no rights.
+    let first = a.modify(host, id, qa, QpState::Init);
+    assert_eq!(first.attr.access, Access::empty());
+    let asked = CmParam {
+        responder_resources: 3,
+        initiator_depth: 4,
+        ece: Some((0x15B3, 7)),
+        ..param(qa.qpn, b"hello")
+    };
+    a.connect(host, id, asked);
+    let event = b.expect(host, Kind::ConnectRequest, 0);
+    assert_eq!(event.id, listener);
+    let peer = event.new_id.unwrap();
+    assert_eq!(event.private_data.len(), 56);
+    assert_eq!(event.private_data[..6], *b"hello\0");
+    assert_eq!(event.ece, Some((0x15B3, 7)));
+    assert_eq!(event.info.src, address(B, PORT));
+    assert_eq!(event.info.dst, Some(info.src));
+    assert_eq!(event.info.port.unwrap().dgid, Some(gid(A)));
+    let CmDetail::Connection {
+        responder_resources,
+        initiator_depth,
+        retry_count,
+        rnr_retry_count,
+        qpn,
+        ..
+    } = event.detail
+    else {
+        panic!("{event:?}");
+    };
+    assert_eq!((responder_resources, initiator_depth), (4, 3));
+    assert_eq!((retry_count, rnr_retry_count), (6, 5));
+    assert_eq!(qpn.get(), qa.qpn);
+    // As the library does before it accepts.
+    let [i, rtr, rts] =
+        [QpState::Init, QpState::Rtr, QpState::Rts].map(|s| b.modify(host, peer, qb, s));
+    let all = Access::REMOTE_WRITE | Access::REMOTE_READ | Access::REMOTE_ATOMIC;
+    assert_eq!(i.attr.access, all);
+    assert_eq!((rtr.attr.dest_qpn, rtr.attr.av.dgid), (qa.qpn, gid(A)));
+    assert_eq!(rtr.attr.max_dest_rd_atomic, 4);
+    assert_eq!((rts.attr.max_rd_atomic, rts.attr.timeout), (3, 19));
+    assert_eq!((rts.attr.retry_cnt, rts.attr.rnr_retry), (6, 5));
+    let depths = CmParam {
+        responder_resources: 2,
+        initiator_depth: 0xFF,
+        ..param(qb.qpn, b"welcome")
+    };
+    b.accept(host, peer, depths);
+    b.quiet(host);
+    let event = a.expect(host, Kind::ConnectResponse, 0);
+    assert_eq!(event.private_data.len(), 196);
+    assert_eq!(event.private_data[..8], *b"welcome\0");
+    assert!(matches!(
+        event.detail,
+        CmDetail::Connection {
+            responder_resources: 3,
+            initiator_depth: 2,
+            ..
+        }
+    ));
+    let [_, to_rtr, to_rts] =
+        [QpState::Init, QpState::Rtr, QpState::Rts].map(|s| a.modify(host, id, qa, s));
+    assert_eq!(to_rtr.attr.rq_psn, rts.attr.sq_psn);
+    assert_eq!(to_rts.attr.sq_psn, rtr.attr.rq_psn);
+    assert_eq!(to_rts.attr.max_rd_atomic, 2);
+    a.finish(host, id);
+    a.quiet(host);
+    b.expect(host, Kind::Established, 0);
+    // The end: both hear of it, and of the end of the time to wait.
+    a.done(host, CmRequest::Disconnect { id });
+    a.quiet(host);
+    b.expect(host, Kind::Disconnected, 0);
+    b.done(host, CmRequest::Disconnect { id: peer });
+    a.expect(host, Kind::Disconnected, 0);
+    for p in [&a, &b] {
+        p.quiet(host);
+    }
+    host.now += 3 * SECOND;
+    host.settle();
+    for p in [&a, &b] {
+        p.expect(host, Kind::TimewaitExit, 0);
+        p.quiet(host);
+    }
+    assert_eq!(a.destroy(host, id), 5);
+    assert_eq!(b.destroy(host, peer), 3);
+    assert_eq!(b.destroy(host, listener), 1);
+    assert_eq!(host.engine.cm.manager.connections(), 0);
+    assert_eq!(host.engine.cm.next_timeout(), None);
+}
+
+#[test]
+fn ids_are_refused_what_their_state_does_not_allow() {
+    let (mut host, a, b) = two();
+    let host = &mut host;
+    let invalid = |got: Result<Reply, Errno>| assert_eq!(got, Err(Errno::INVAL));
+    let id = a.id(host, PortSpace::Tcp);
+    let timeout_ms = 1;
+    invalid(a.ask(host, CmRequest::ResolveRoute { id, timeout_ms }));
+    let p = param(1, b"");
+    invalid(a.ask(
+        host,
+        CmRequest::Connect {
+            id,
+            param: p.clone(),
+        },
+    ));
+    let accept = CmRequest::Accept {
+        id,
+        param: Some(p.clone()),
+    };
+    invalid(a.ask(host, accept));
+    invalid(a.ask(host, CmRequest::Disconnect { id }));
+    assert_eq!(a.attr(host, id, QpState::Init), Err(Errno::INVAL));
+    // Another session's ids and channels are none.
+    invalid(b.ask(host, CmRequest::QueryId { id }));
+    invalid(b.ask(host, CmRequest::DestroyId { id }));
+    let channel = a.channel;
+    invalid(b.ask(host, CmRequest::GetEvent { channel }));
+    invalid(b.ask(host, CmRequest::DestroyChannel { channel }));
+    let busy = a.ask(host, CmRequest::DestroyChannel { channel });
+    assert_eq!(busy, Err(Errno::BUSY));
+    // Private data that no request takes leaves it as it was.
+    let id = a.routed(host, PortSpace::Tcp, B);
+    let long = param(1, &[0; 57]);
+    invalid(a.ask(host, CmRequest::Connect { id, param: long }));
+    let deep = CmParam {
+        initiator_depth: 17,
+        ..p.clone()
+    };
+    invalid(a.ask(host, CmRequest::Connect { id, param: deep }));
+    let code = CmOption::AckTimeout(20);
+    a.done(host, CmRequest::SetOption { id, option: code });
+    a.connect(host, id, param(1, &[0; 56]));
+    invalid(a.ask(host, CmRequest::Connect { id, param: p }));
+    assert_eq!(a.attr(host, id, QpState::Rtr), Err(Errno::INVAL));
+}
+
+#[test]
+fn addresses_are_the_endpoints_own_and_of_its_tenant() {
+    let (mut host, a, b) = two();
+    let host = &mut host;
+    for other in ["127.0.0.1", B, "192.0.2.9"] {
+        let id = a.id(host, PortSpace::Tcp);
+        let addr = address(other, PORT);
+        let bound = a.info(host, CmRequest::BindAddr { id, addr });
+        assert_eq!(bound, Err(Errno::NODEV), "{other}");
+    }
+    for (other, status) in [
+        ("127.0.0.1", -19),
+        ("0.0.0.0", -19),
+        ("192.0.2.9", -113),
+        ("fd00::9", -113),
+    ] {
+        let id = a.id(host, PortSpace::Tcp);
+        a.done(host, resolve(id, other));
+        a.expect(host, Kind::AddrError, status);
+        // It may try another one, of the same family.
+        if other.contains('.') {
+            a.route(host, id, B);
+        }
+    }
+    let id = a.id(host, PortSpace::Tcp);
+    let src = Some(address(A, 4000));
+    let dst = address(B, PORT);
+    let timeout_ms = 1;
+    let request = CmRequest::ResolveAddr {
+        id,
+        src,
+        dst,
+        timeout_ms,
+    };
+    a.done(host, request);
+    let resolved = a.expect(host, Kind::AddrResolved, 0);
+    assert_eq!(resolved.info.src, address(A, 4000));
+    b.quiet(host);
+}
+
+#[test]
+fn who_does_not_want_a_connection_says_why() {
+    let (mut host, a, b) = two();
+    let host = &mut host;
+    // Nobody listens.
+    let id = a.routed(host, PortSpace::Tcp, B);
+    a.connect(host, id, param(1, b""));
+    a.expect(host, Kind::Rejected, 8);
+    // The program does not want it.
+    let listener = b.listener(host, PortSpace::Tcp, B, 0);
+    let id = a.routed(host, PortSpace::Tcp, B);
+    a.connect(host, id, param(1, b""));
+    let peer = b.expect(host, Kind::ConnectRequest, 0).new_id.unwrap();
+    let request = CmRequest::Reject {
+        id: peer,
+        private_data: b"no".to_vec(),
+        for_ece: false,
+    };
+    b.done(host, request.clone());
+    let event = a.expect(host, Kind::Rejected, 28);
+    assert_eq!(event.private_data.len(), 148);
+    assert_eq!(event.private_data[..3], *b"no\0");
+    assert_eq!(b.ask(host, request), Err(Errno::INVAL));
+    // It goes without an answer: its requests with it, taken or not.
+    let ids = [(); 2].map(|()| {
+        let id = a.routed(host, PortSpace::Tcp, B);
+        a.connect(host, id, param(id.0, b""));
+        id
+    });
+    let taken = b.expect(host, Kind::ConnectRequest, 0).new_id.unwrap();
+    b.destroy(host, taken);
+    assert_eq!(a.expect(host, Kind::Rejected, 28).id, ids[0]);
+    b.destroy(host, listener);
+    assert_eq!(a.expect(host, Kind::Rejected, 28).id, ids[1]);
+    // Who asked gives up: who accepts then finds that out.
+    b.packets();
+    b.listener(host, PortSpace::Tcp, B, 0);
+    let id = a.routed(host, PortSpace::Tcp, B);
+    a.connect(host, id, param(9, b""));
+    let peer = b.expect(host, Kind::ConnectRequest, 0).new_id.unwrap();
+    a.destroy(host, id);
+    let late = CmRequest::Accept {
+        id: peer,
+        param: Some(param(2, b"")),
+    };
+    assert_eq!(b.ask(host, late), Err(Errno::INVAL));
+    b.quiet(host);
+}
+
+#[test]
+fn a_full_backlog_drops_and_the_request_comes_again() {
+    let (mut host, a, b) = two();
+    let host = &mut host;
+    b.listener(host, PortSpace::Tcp, B, 2);
+    for n in 0..3 {
+        let id = a.routed(host, PortSpace::Tcp, B);
+        a.connect(host, id, param(n + 1, b""));
+    }
+    for _ in 0..2 {
+        b.expect(host, Kind::ConnectRequest, 0);
+    }
+    b.quiet(host);
+    host.now += 7 * SECOND;
+    host.settle();
+    b.expect(host, Kind::ConnectRequest, 0);
+    b.quiet(host);
+    a.quiet(host);
+}
+
+#[test]
+fn nobody_waits_for_ever() {
+    let (mut host, a, b) = two();
+    let host = &mut host;
+    // The other endpoint goes, and nobody has its address any more.
+    let id = a.routed(host, PortSpace::Tcp, B);
+    let endpoint = host
+        .engine
+        .sessions
+        .get(b.process.session)
+        .unwrap()
+        .endpoint;
+    host.engine.remove_endpoint(endpoint);
+    a.connect(host, id, param(1, b""));
+    let mut waited = 0;
+    let event = loop {
+        host.settle();
+        if let Some(event) = a.event(host) {
+            break event;
+        }
+        let due = host.engine.cm.next_timeout().expect("nothing is due");
+        waited += due - host.now;
+        host.now = due;
+    };
+    assert_eq!((event.event, event.status), (Kind::Unreachable, -110));
+    assert_eq!(waited / SECOND, 98);
+}
+
+#[test]
+fn the_death_of_a_process_is_told() {
+    let (mut host, a, b) = two();
+    let host = &mut host;
+    let (id, _) = connected(host, &a, &b);
+    let waiting = a.routed(host, PortSpace::Tcp, B);
+    b.listener(host, PortSpace::Tcp, B, 0);
+    a.connect(host, waiting, param(5, b""));
+    host.engine
+        .end_session(b.process.session, EndReason::ProcessExited);
+    let got = [(); 2].map(|()| a.event(host).unwrap());
+    let told = |of, event| got.iter().any(|e| e.id == of && e.event == event);
+    assert!(told(id, Kind::Disconnected), "{got:?}");
+    assert!(told(waiting, Kind::Rejected), "{got:?}");
+    // Its port is free, and nothing of it is left.
+    let again = a.routed(host, PortSpace::Tcp, B);
+    a.connect(host, again, param(6, b""));
+    a.expect(host, Kind::Rejected, 8);
+    a.done(host, CmRequest::Disconnect { id });
+    for id in [id, waiting, again] {
+        a.destroy(host, id);
+    }
+    host.now += 200 * SECOND;
+    host.settle();
+    assert_eq!(host.engine.cm.manager.connections(), 0);
+    assert_eq!(host.engine.cm.next_timeout(), None);
+}
+
+#[test]
+fn what_a_queue_pair_received_counts_as_the_last_message() {
+    let (mut host, a, b) = two();
+    let host = &mut host;
+    b.listener(host, PortSpace::Tcp, B, 0);
+    let id = a.routed(host, PortSpace::Tcp, B);
+    a.connect(host, id, param(1, b""));
+    let peer = b.expect(host, Kind::ConnectRequest, 0).new_id.unwrap();
+    let notify = CmRequest::Notify {
+        id: peer,
+        event: AsyncEventType::CommEst,
+    };
+    assert_eq!(b.ask(host, notify.clone()), Err(Errno::INVAL));
+    b.accept(host, peer, param(2, b""));
+    b.done(host, notify.clone());
+    b.expect(host, Kind::Established, 0);
+    assert_eq!(b.ask(host, notify), Err(Errno::ISCONN));
+    a.expect(host, Kind::ConnectResponse, 0);
+    a.finish(host, id);
+    b.quiet(host);
+}
+
+#[test]
+fn datagram_services_are_looked_up() {
+    let (mut host, a, b) = two();
+    let host = &mut host;
+    let udp = PortSpace::Udp;
+    let id = a.routed(host, udp, B);
+    a.connect(host, id, param(0, b""));
+    a.expect(host, Kind::Unreachable, 1);
+    b.listener(host, udp, "0.0.0.0", 0);
+    // A connection's port is another one.
+    let tcp = a.routed(host, PortSpace::Tcp, B);
+    a.connect(host, tcp, param(1, b""));
+    a.expect(host, Kind::Rejected, 8);
+    let id = a.routed(host, udp, B);
+    a.connect(host, id, param(0, b"who?"));
+    let event = b.expect(host, Kind::ConnectRequest, 0);
+    assert_eq!(
+        (event.private_data.len(), &event.private_data[..4]),
+        (180, &b"who?"[..])
+    );
+    let peer = event.new_id.unwrap();
+    let answer = CmParam {
+        qkey: Some(0x55),
+        ..param(0x333, b"me")
+    };
+    b.accept(host, peer, answer);
+    let event = a.expect(host, Kind::Established, 0);
+    assert_eq!(event.private_data.len(), 136);
+    assert!(matches!(
+        event.detail,
+        CmDetail::Datagram { qpn, qkey: 0x55, gid: to, sgid_index: 0, .. }
+            if qpn.get() == 0x333 && to == gid(B)
+    ));
+    let attr = b.attr(host, peer, QpState::Init).unwrap();
+    let mask = Mask::STATE | Mask::PKEY_INDEX | Mask::PORT | Mask::QKEY;
+    assert_eq!((attr.attr.qkey, attr.mask), (0x55, mask));
+    let id = a.routed(host, udp, B);
+    a.connect(host, id, param(0, b""));
+    let peer = b.expect(host, Kind::ConnectRequest, 0).new_id.unwrap();
+    let request = CmRequest::Reject {
+        id: peer,
+        private_data: Vec::new(),
+        for_ece: false,
+    };
+    b.done(host, request);
+    a.expect(host, Kind::Unreachable, 2);
+}
+
+#[test]
+fn groups_are_joined_by_ids_that_have_an_address() {
+    let (mut host, a, _b) = two();
+    let host = &mut host;
+    let id = a.id(host, PortSpace::Udp);
+    let join = |id, ip| CmRequest::Join {
+        id,
+        addr: address(ip, 0),
+        send_only: false,
+        cookie: 42,
+    };
+    assert_eq!(a.ask(host, join(id, "239.1.1.1")), Err(Errno::INVAL));
+    let addr = address(A, 0);
+    a.info(host, CmRequest::BindAddr { id, addr }).unwrap();
+    assert_eq!(a.ask(host, join(id, "0.0.0.0")), Err(Errno::INVAL));
+    assert_eq!(a.ask(host, join(id, B)), Err(Errno::INVAL));
+    a.done(host, join(id, "239.1.1.1"));
+    let event = a.expect(host, Kind::MulticastJoin, 0);
+    assert_eq!(
+        event.detail,
+        CmDetail::Datagram {
+            qpn: Qpn::MULTICAST,
+            qkey: 0x0123_4567,
+            gid: gid("239.1.1.1"),
+            sgid_index: 0,
+            cookie: 42,
+        }
+    );
+    let leave = CmRequest::Leave { id, cookie: 42 };
+    let left = a.ask(host, leave.clone());
+    assert_eq!(left, Ok(Reply::CmDestroyed { events: 1 }));
+    assert_eq!(a.ask(host, leave), Err(Errno::INVAL));
+}
+
+#[test]
+fn events_move_with_their_id_and_go_with_it() {
+    let (mut host, a, b) = two();
+    let host = &mut host;
+    let listener = b.listener(host, PortSpace::Tcp, B, 0);
+    let mut ids = Vec::new();
+    for n in 0..20 {
+        let id = a.routed(host, PortSpace::Tcp, B);
+        a.connect(host, id, param(n + 1, b""));
+        ids.push(id);
+    }
+    let (channel, packets) = channel(host, b.process.session);
+    let request = CmRequest::MigrateId {
+        id: listener,
+        channel,
+    };
+    let moved = b.ask(host, request);
+    assert_eq!(moved, Ok(Reply::CmMigrated { events: 20 }));
+    // Packets for which there is no room follow when there is.
+    let mut void = 0;
+    while void < 20 {
+        void += b.packets();
+        host.engine.show_cm_events(b.channel);
+    }
+    assert_eq!(void, 20);
+    b.quiet(host);
+    let old = b.channel;
+    b.done(host, CmRequest::DestroyChannel { channel: old });
+    let b = Program {
+        channel,
+        packets,
+        ..b
+    };
+    for n in 0..3 {
+        let event = b.expect(host, Kind::ConnectRequest, 0);
+        assert_eq!(event.id, listener, "{n}");
+    }
+    assert_eq!(b.destroy(host, listener), 3);
+    for id in &ids[3..] {
+        assert_eq!(a.expect(host, Kind::Rejected, 28).id, *id);
+    }
+    a.quiet(host);
+}
+
+#[test]
+fn quotas_limit_ids_and_the_rate_of_connecting() {
+    let (mut host, a, b) = two();
+    let host = &mut host;
+    let endpoint = |host: &Host, p: &Program| {
+        host.engine
+            .sessions
+            .get(p.process.session)
+            .unwrap()
+            .endpoint
+    };
+    let settings = ["connects=2/s", "cm_ids=6"].map(|s| s.parse().unwrap());
+    let ea = endpoint(host, &a);
+    host.engine.set_quota(ea, &settings);
+    let eb = endpoint(host, &b);
+    host.engine.set_quota(eb, &["cm_ids=2".parse().unwrap()]);
+    b.listener(host, PortSpace::Tcp, B, 0);
+    let ids: Vec<_> = (0..6).map(|_| a.routed(host, PortSpace::Tcp, B)).collect();
+    let request = CmRequest::CreateId {
+        channel: a.channel,
+        port_space: PortSpace::Tcp,
+        qp_type: QpType::Rc,
+    };
+    assert_eq!(a.ask(host, request), Err(Errno::NOMEM));
+    for id in &ids[..4] {
+        a.connect(host, *id, param(id.0, b""));
+    }
+    // Two at once, the others one after the other. The listener may have one more id.
+    let peer = b.expect(host, Kind::ConnectRequest, 0).new_id.unwrap();
+    b.quiet(host);
+    b.destroy(host, peer);
+    a.expect(host, Kind::Rejected, 28);
+    host.now += SECOND / 2;
+    host.settle();
+    let peer = b.expect(host, Kind::ConnectRequest, 0).new_id.unwrap();
+    b.quiet(host);
+    b.destroy(host, peer);
+    a.expect(host, Kind::Rejected, 28);
+}
+
+#[test]
+fn tenants_do_not_meet() {
+    let mut host = Host::new();
+    let a = host.endpoint(A);
+    let spec = crate::EndpointSpec {
+        name: "other".to_owned(),
+        tenant: "u".to_owned(),
+        ip: VirtualIp(B.parse().unwrap()),
+        socket: "/nowhere".into(),
+        quota: Vec::new(),
+        underlay_gid: false,
+    };
+    let b = host.engine.add_endpoint(&spec).unwrap();
+    let (a, b) = (program(&mut host, a), program(&mut host, b));
+    let host = &mut host;
+    b.listener(host, PortSpace::Tcp, B, 0);
+    let id = a.id(host, PortSpace::Tcp);
+    a.done(host, resolve(id, B));
+    a.expect(host, Kind::AddrError, -113);
+    b.quiet(host);
+}

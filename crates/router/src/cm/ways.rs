@@ -1,0 +1,100 @@
+//! Addresses: which are an endpoint's own, and how it reaches others.
+
+use std::net::{IpAddr, SocketAddr};
+
+use freeflow_cm::{Port, status};
+use freeflow_session::Handle;
+use freeflow_types::{Gid, VirtualIp};
+
+use crate::control::node_guid;
+use crate::engine::Engine;
+use crate::objects::Endpoint;
+
+/// Indices of the GIDs.
+const VIRTUAL: u8 = 0;
+const UNDERLAY: u8 = 1;
+
+impl Engine {
+    /// A port of an endpoint, by its GID's index.
+    pub(super) fn cm_port(&self, endpoint: Handle, index: u8) -> Option<Port> {
+        let e = self.endpoints.get(endpoint)?;
+        let gid = match index {
+            VIRTUAL => e.gid,
+            _ => e.underlay_gid()?,
+        };
+        Some(Port {
+            endpoint,
+            gid,
+            index,
+            mtu: self.network.mtu(),
+            guid: node_guid(e.gid.0),
+        })
+    }
+
+    /// The ports of all endpoints that share this host's address, if that is the one.
+    pub(crate) fn underlay_ports(&self, gid: Gid) -> Vec<Port> {
+        let sharing = |e: &Endpoint| e.underlay_gid() == Some(gid);
+        let endpoints = self.endpoints.iter().filter(|(_, e)| sharing(e));
+        endpoints
+            .filter_map(|(handle, _)| self.cm_port(handle, UNDERLAY))
+            .collect()
+    }
+
+    /// The port that has an address.
+    pub(super) fn cm_own(&self, endpoint: Handle, ip: IpAddr) -> Option<Port> {
+        let gid = Gid::from(VirtualIp(ip));
+        let ports = [VIRTUAL, UNDERLAY].map(|index| self.cm_port(endpoint, index));
+        ports.into_iter().flatten().find(|port| port.gid == gid)
+    }
+
+    /// The port that leads to an address, with its own address in the form of that one; `from` is
+    /// the port that the program has chosen, if it has. Or the status that says why there is none.
+    pub(super) fn cm_way(
+        &self,
+        endpoint: Handle,
+        from: Option<Port>,
+        to: SocketAddr,
+    ) -> Result<(Port, IpAddr), i32> {
+        let e = self.endpoints.get(endpoint).ok_or(status::ENODEV)?;
+        let gid = Gid::from(VirtualIp(to.ip()));
+        let group = gid.is_multicast();
+        if !group && !VirtualIp(to.ip()).is_assignable() {
+            return Err(status::ENODEV);
+        }
+        let known = group
+            || self.by_gid.contains_key(&(e.tenant, gid))
+            || self.network.has_way(&e.tenant_name, gid);
+        let port = match from {
+            Some(port) => port,
+            None if known => self.cm_port(endpoint, VIRTUAL).ok_or(status::ENODEV)?,
+            // Not the tenant's: the network between hosts has it, if the endpoint may go there.
+            None => {
+                let underlay = self.cm_port(endpoint, UNDERLAY);
+                underlay.ok_or(status::EHOSTUNREACH)?
+            }
+        };
+        let own = if port.index == VIRTUAL {
+            e.ip.0
+        } else {
+            e.underlay.ok_or(status::ENODEV)?
+        };
+        let own = alike(own, to.ip()).ok_or(status::ENETUNREACH)?;
+        if port.index == VIRTUAL && !known {
+            return Err(status::EHOSTUNREACH);
+        }
+        Ok((port, own))
+    }
+}
+
+/// An own address in the form of another one: of IPv4, mapped to IPv6, or of IPv6. None if these
+/// two have no network in common.
+fn alike(own: IpAddr, to: IpAddr) -> Option<IpAddr> {
+    match (own.to_canonical(), to) {
+        (IpAddr::V4(own), IpAddr::V6(to)) => {
+            let mapped = to.to_ipv4_mapped().is_some() || to.is_multicast();
+            mapped.then(|| own.to_ipv6_mapped().into())
+        }
+        (IpAddr::V6(_), to) if to.is_ipv4() || to.to_canonical().is_ipv4() => None,
+        (own, _) => Some(own),
+    }
+}
