@@ -161,9 +161,10 @@ struct RunArgs {
     /// Tenant: endpoints of different tenants never reach each other [default: default]
     #[arg(long)]
     tenant: Option<String>,
-    /// Limits of the endpoint, separated by commas: pds, channels, cqs, qps, srqs, xrcds, mrs, mws,
-    /// registered (bytes), outstanding (work requests its queues hold), control (verbs per second;
-    /// more are delayed). K, M, G and T are powers of 1024; "none" is no limit
+    /// Limits of the endpoint, separated by commas: pds, channels, cqs, qps, srqs, xrcds,
+    /// cm_ids, mrs, mws, registered (bytes), outstanding (work requests its queues hold), control
+    /// (verbs per second; more are delayed), connects (connections begun by the connection manager
+    /// per second; more are delayed). K, M, G and T are powers of 1024; "none" is no limit
     #[arg(long, value_name = "NAME=LIMIT", value_delimiter = ',')]
     quota: Vec<Setting>,
     /// Give the device a second GID, the router's underlay address: queue pairs that use it (GID

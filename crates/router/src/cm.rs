@@ -2,6 +2,8 @@
 //! (`freeflow_cm`) knows no sessions: it is told what programs ask for, and what it has to send
 //! or tell goes from here to other endpoints' managers and to programs' channels.
 
+#[cfg(test)]
+mod abroad_tests;
 mod channels;
 mod requests;
 #[cfg(test)]
@@ -17,6 +19,7 @@ use rustix::io::Errno;
 pub(crate) use channels::CmChannel;
 
 use crate::engine::Engine;
+use crate::remote::cm::Abroad;
 use crate::table::{Owned, Table};
 
 /// The state of the connection manager.
@@ -24,6 +27,8 @@ pub(crate) struct Cm {
     manager: Manager,
     ids: Table<CmId>,
     channels: Table<CmChannel>,
+    /// Datagrams to other hosts.
+    pub(crate) abroad: Abroad,
 }
 
 /// An id, as far as it is not the manager's.
@@ -68,6 +73,7 @@ impl Cm {
             manager: Manager::new(max_rd_atomic),
             ids: Table::default(),
             channels: Table::default(),
+            abroad: Abroad::default(),
         }
     }
 
@@ -94,6 +100,7 @@ impl Engine {
             self.cm.manager.on_timeout(self.now);
             self.run_cm();
         }
+        self.flush_cm();
     }
 
     /// Sends and tells what the manager has, until there is nothing more. That ends: each message
@@ -102,7 +109,7 @@ impl Engine {
         loop {
             let output = self.cm.manager.take_output();
             if output.is_empty() {
-                return;
+                return self.flush_cm();
             }
             for one in output {
                 match one {
@@ -125,10 +132,11 @@ impl Engine {
         } else {
             self.underlay_ports(to)
         };
-        if !ports.is_empty() {
-            let source = from.gid;
-            self.receive_cm(&Arrival { ports, source }, mad);
+        if ports.is_empty() {
+            return self.cm_abroad(from, to, mad);
         }
+        let source = from.gid;
+        self.receive_cm(&Arrival { ports, source }, mad);
     }
 
     /// A datagram has come; false if it is none of the connection manager's.

@@ -1,7 +1,7 @@
 //! Queue pairs whose peers are on other hosts: the transport's requester and responder decide what
 //! goes over the wire, and this executes it against rings and memory.
 
-mod cm;
+pub(crate) mod cm;
 mod datagrams;
 mod departed;
 mod requests;

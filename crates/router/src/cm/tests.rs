@@ -17,19 +17,19 @@ use rustix::net::RecvFlags;
 use crate::EndReason;
 use crate::testbed::{Host, Made, Process};
 
-const A: &str = "10.77.0.1";
-const B: &str = "10.77.0.2";
-const PORT: u16 = 7471;
-const SECOND: u64 = 1_000_000_000;
+pub(super) const A: &str = "10.77.0.1";
+pub(super) const B: &str = "10.77.0.2";
+pub(super) const PORT: u16 = 7471;
+pub(super) const SECOND: u64 = 1_000_000_000;
 
 /// A process with one event channel.
-struct Program {
-    process: Process,
+pub(super) struct Program {
+    pub(super) process: Process,
     channel: Handle,
     packets: Arc<OwnedFd>,
 }
 
-fn program(host: &mut Host, endpoint: Handle) -> Program {
+pub(super) fn program(host: &mut Host, endpoint: Handle) -> Program {
     let process = host.process(endpoint, 1000);
     let (channel, packets) = channel(host, process.session);
     Program {
@@ -56,15 +56,15 @@ fn two() -> (Host, Program, Program) {
     (host, a, b)
 }
 
-fn address(ip: &str, port: u16) -> SocketAddr {
+pub(super) fn address(ip: &str, port: u16) -> SocketAddr {
     SocketAddr::new(ip.parse().unwrap(), port)
 }
 
-fn gid(ip: &str) -> Gid {
+pub(super) fn gid(ip: &str) -> Gid {
     VirtualIp(ip.parse().unwrap()).into()
 }
 
-fn param(qpn: u32, private_data: &[u8]) -> CmParam {
+pub(super) fn param(qpn: u32, private_data: &[u8]) -> CmParam {
     CmParam {
         qp: CmQp {
             qpn: Qpn::new(qpn),
@@ -83,23 +83,23 @@ fn param(qpn: u32, private_data: &[u8]) -> CmParam {
 }
 
 impl Program {
-    fn ask(&self, host: &mut Host, request: CmRequest) -> Result<Reply, Errno> {
+    pub(super) fn ask(&self, host: &mut Host, request: CmRequest) -> Result<Reply, Errno> {
         host.ask(self.process.session, Request::Cm(request))
     }
 
-    fn done(&self, host: &mut Host, request: CmRequest) {
+    pub(super) fn done(&self, host: &mut Host, request: CmRequest) {
         let told = format!("{request:?}");
         assert_eq!(self.ask(host, request), Ok(Reply::Done), "{told}");
     }
 
-    fn info(&self, host: &mut Host, request: CmRequest) -> Result<CmIdInfo, Errno> {
+    pub(super) fn info(&self, host: &mut Host, request: CmRequest) -> Result<CmIdInfo, Errno> {
         match self.ask(host, request)? {
             Reply::CmId(info) => Ok(info),
             other => panic!("{other:?}"),
         }
     }
 
-    fn id(&self, host: &mut Host, port_space: PortSpace) -> Handle {
+    pub(super) fn id(&self, host: &mut Host, port_space: PortSpace) -> Handle {
         let request = CmRequest::CreateId {
             channel: self.channel,
             port_space,
@@ -125,7 +125,7 @@ impl Program {
     }
 
     /// The next event, if one waits: then a packet says so.
-    fn event(&self, host: &mut Host) -> Option<CmEvent> {
+    pub(super) fn event(&self, host: &mut Host) -> Option<CmEvent> {
         let channel = self.channel;
         let packet = rustix::net::recv(&*self.packets, &mut [0; 4], RecvFlags::DONTWAIT);
         match self.ask(host, CmRequest::GetEvent { channel }) {
@@ -137,17 +137,23 @@ impl Program {
         }
     }
 
-    fn expect(&self, host: &mut Host, event: Kind, status: i32) -> CmEvent {
+    pub(super) fn expect(&self, host: &mut Host, event: Kind, status: i32) -> CmEvent {
         let got = self.event(host).unwrap_or_else(|| panic!("no {event:?}"));
         assert_eq!((got.event, got.status), (event, status), "{got:?}");
         got
     }
 
-    fn quiet(&self, host: &mut Host) {
+    pub(super) fn quiet(&self, host: &mut Host) {
         assert_eq!(self.event(host), None);
     }
 
-    fn listener(&self, host: &mut Host, space: PortSpace, addr: &str, backlog: u32) -> Handle {
+    pub(super) fn listener(
+        &self,
+        host: &mut Host,
+        space: PortSpace,
+        addr: &str,
+        backlog: u32,
+    ) -> Handle {
         let id = self.id(host, space);
         let addr = address(addr, PORT);
         self.info(host, CmRequest::BindAddr { id, addr }).unwrap();
@@ -156,13 +162,13 @@ impl Program {
     }
 
     /// An id with a route to an address.
-    fn routed(&self, host: &mut Host, space: PortSpace, to: &str) -> Handle {
+    pub(super) fn routed(&self, host: &mut Host, space: PortSpace, to: &str) -> Handle {
         let id = self.id(host, space);
         self.route(host, id, to);
         id
     }
 
-    fn route(&self, host: &mut Host, id: Handle, to: &str) {
+    pub(super) fn route(&self, host: &mut Host, id: Handle, to: &str) {
         self.done(host, resolve(id, to));
         let event = self.expect(host, Kind::AddrResolved, 0);
         assert_eq!(event.info.dst, Some(address(to, PORT)));
@@ -171,27 +177,32 @@ impl Program {
         self.expect(host, Kind::RouteResolved, 0);
     }
 
-    fn connect(&self, host: &mut Host, id: Handle, param: CmParam) {
+    pub(super) fn connect(&self, host: &mut Host, id: Handle, param: CmParam) {
         self.done(host, CmRequest::Connect { id, param });
     }
 
-    fn accept(&self, host: &mut Host, id: Handle, param: CmParam) {
+    pub(super) fn accept(&self, host: &mut Host, id: Handle, param: CmParam) {
         let param = Some(param);
         self.done(host, CmRequest::Accept { id, param });
     }
 
-    fn finish(&self, host: &mut Host, id: Handle) {
+    pub(super) fn finish(&self, host: &mut Host, id: Handle) {
         self.done(host, CmRequest::Accept { id, param: None });
     }
 
-    fn destroy(&self, host: &mut Host, id: Handle) -> u32 {
+    pub(super) fn destroy(&self, host: &mut Host, id: Handle) -> u32 {
         match self.ask(host, CmRequest::DestroyId { id }) {
             Ok(Reply::CmDestroyed { events }) => events,
             other => panic!("{other:?}"),
         }
     }
 
-    fn attr(&self, host: &mut Host, id: Handle, state: QpState) -> Result<CmQpAttr, Errno> {
+    pub(super) fn attr(
+        &self,
+        host: &mut Host,
+        id: Handle,
+        state: QpState,
+    ) -> Result<CmQpAttr, Errno> {
         match self.ask(host, CmRequest::InitQpAttr { id, state })? {
             Reply::CmQpAttr(attr) => Ok(*attr),
             other => panic!("{other:?}"),

@@ -16,7 +16,7 @@ const UNDERLAY: u8 = 1;
 
 impl Engine {
     /// A port of an endpoint, by its GID's index.
-    pub(super) fn cm_port(&self, endpoint: Handle, index: u8) -> Option<Port> {
+    pub(crate) fn cm_port(&self, endpoint: Handle, index: u8) -> Option<Port> {
         let e = self.endpoints.get(endpoint)?;
         let gid = match index {
             VIRTUAL => e.gid,
@@ -38,6 +38,11 @@ impl Engine {
         endpoints
             .filter_map(|(handle, _)| self.cm_port(handle, UNDERLAY))
             .collect()
+    }
+
+    /// This host's address that endpoints share, if some do.
+    pub(crate) fn underlay_address(&self) -> Option<IpAddr> {
+        self.endpoints.iter().find_map(|(_, e)| e.underlay)
     }
 
     /// The port that has an address.

@@ -1,12 +1,190 @@
-//! The connection manager's datagrams to and from other hosts.
+//! The connection manager's datagrams to and from other hosts: between queue pairs 1, which are
+//! nobody's. To a FreeFlow router they have the endpoints' addresses and the tenant's name in
+//! front, as multicast datagrams have; to others, nothing.
 
-use freeflow_types::Gid;
+use std::collections::VecDeque;
+use std::net::{IpAddr, Ipv6Addr};
 
-use super::Network;
+use freeflow_cm::{Arrival, Port};
+use freeflow_fabric_udp::{Ecn, Received, To};
+use freeflow_transport::{Datagrams, Destination, Work, accept_datagram};
+use freeflow_types::{AddressVector, GRH_BYTES, Gid, Opcode, VirtualIp};
+use freeflow_wire::cm::{QKEY, QPN};
+
+use super::{Network, Payload};
+use crate::datagram::{grh_addresses, grh_bytes};
+use crate::engine::Engine;
+use crate::remote::datagrams::{tag, untag};
+
+/// Datagrams that wait to be sent; more are lost, and will be repeated.
+const MAX_WAITING: usize = 4096;
+
+/// The name in front of a datagram that is of no tenant: between underlay's addresses.
+const NO_TENANT: &str = "";
+
+/// Datagrams on their way to other hosts.
+pub(crate) struct Abroad {
+    datagrams: Datagrams,
+    waiting: VecDeque<Waiting>,
+}
+
+/// A datagram that waits until the sockets are at hand.
+pub(crate) struct Waiting {
+    pub(crate) host: IpAddr,
+    /// Addresses, tenant and message.
+    pub(crate) payload: Vec<u8>,
+}
+
+impl Default for Abroad {
+    fn default() -> Self {
+        Abroad {
+            datagrams: Datagrams::new(0),
+            waiting: VecDeque::new(),
+        }
+    }
+}
+
+impl Abroad {
+    fn push(&mut self, host: IpAddr, payload: Vec<u8>) {
+        if self.waiting.len() < MAX_WAITING {
+            self.waiting.push_back(Waiting { host, payload });
+        }
+    }
+
+    /// What waits, in place of its being sent.
+    #[cfg(test)]
+    pub(crate) fn take(&mut self) -> Vec<Waiting> {
+        self.waiting.drain(..).collect()
+    }
+}
 
 impl Network {
     /// Whether another host has an endpoint of a tenant, as far as the map tells.
     pub(crate) fn has_way(&self, tenant: &str, gid: Gid) -> bool {
-        self.find(tenant, gid).is_some()
+        self.map.find(tenant, gid).is_some()
+    }
+}
+
+impl Engine {
+    /// Sends a message of the connection manager to a port that is not here, if it is known where
+    /// that is.
+    pub(crate) fn cm_abroad(&mut self, from: &Port, to: Gid, mad: &[u8]) {
+        let Some(e) = self.endpoints.get(from.endpoint) else {
+            return;
+        };
+        let (host, tenant) = if from.index == 0 {
+            let tenant = e.tenant_name.as_str();
+            (self.network.map.find(tenant, to), tenant)
+        } else {
+            let ip = Ipv6Addr::from(to.0).to_canonical();
+            let host = VirtualIp(ip).is_assignable().then_some(ip);
+            (host, NO_TENANT)
+        };
+        let Some(host) = host else { return };
+        let payload = if self.network.map.segments.contains_key(&host) {
+            let av = AddressVector {
+                dgid: to,
+                ..AddressVector::default()
+            };
+            let grh = grh_bytes(from.gid, &av, mad.len() as u64);
+            [&grh[..], &tag(tenant), mad].concat()
+        } else {
+            mad.to_vec()
+        };
+        self.cm.abroad.push(host, payload);
+    }
+
+    /// Sends what waits, unless packets are just being received: then it is sent after that.
+    pub(crate) fn flush_cm(&mut self) {
+        if self.cm.abroad.waiting.is_empty() {
+            return;
+        }
+        let Some(mut fabric) = self.network.fabric.take() else {
+            return;
+        };
+        for one in std::mem::take(&mut self.cm.abroad.waiting) {
+            let len = one.payload.len() as u32;
+            let work = Work::new(Opcode::Send, len);
+            let to = Destination {
+                qpn: QPN,
+                qkey: QKEY,
+            };
+            let Ok(headers) = self.cm.abroad.datagrams.send(&work, QPN, to, len) else {
+                continue;
+            };
+            let way = To {
+                dst: one.host,
+                flow: QPN,
+                ecn: Ecn::NotCapable,
+            };
+            // Its bytes are at hand.
+            let _ = self.push(&mut fabric, &way, &headers, Payload::Bytes(&one.payload));
+        }
+        self.network.fabric = Some(fabric);
+    }
+
+    /// A datagram to queue pair 1 has come. Its CRC is right, and nothing else is certain.
+    pub(super) fn on_cm_datagram(&mut self, packet: &Received<'_>) {
+        let of_manager = accept_datagram(&packet.headers, QKEY).is_some_and(|d| d.src_qp == QPN);
+        if !of_manager {
+            self.network.drops.not_taken += 1;
+            return;
+        }
+        let of_router = self.network.map.segments.contains_key(&packet.src);
+        let host = Gid::from(VirtualIp(packet.src));
+        let (arrival, mad) = if of_router {
+            match self.addressed(packet, host) {
+                Some(found) => found,
+                None => return,
+            }
+        } else {
+            let ports = self.local_underlay_ports();
+            let source = host;
+            (Arrival { ports, source }, packet.payload)
+        };
+        if arrival.ports.is_empty() {
+            self.network.drops.unknown_qp += 1;
+        } else if !self.receive_cm(&arrival, mad) {
+            self.network.drops.not_taken += 1;
+        }
+        self.run_cm();
+    }
+
+    fn local_underlay_ports(&self) -> Vec<Port> {
+        let Some(local) = self.underlay_address() else {
+            return Vec::new();
+        };
+        self.underlay_ports(Gid::from(VirtualIp(local)))
+    }
+
+    /// For whom a datagram of another router is, by what stands in front of it.
+    fn addressed<'p>(&mut self, packet: &Received<'p>, host: Gid) -> Option<(Arrival, &'p [u8])> {
+        const GRH: usize = GRH_BYTES as usize;
+        let front = packet.payload.split_first_chunk::<GRH>();
+        let front = front.and_then(|(grh, rest)| Some((grh_addresses(grh)?, untag(rest)?)));
+        let Some(((source, to), (tenant, mad))) = front else {
+            self.network.drops.no_address += 1;
+            return None;
+        };
+        if tenant == NO_TENANT {
+            // Of the hosts' own addresses.
+            if source != host {
+                self.network.drops.wrong_host += 1;
+                return None;
+            }
+            let ports = self.underlay_ports(to);
+            return Some((Arrival { ports, source }, mad));
+        }
+        let Some(&id) = self.tenants.get(tenant) else {
+            self.network.drops.unknown_qp += 1;
+            return None;
+        };
+        if !self.speaks_for(packet.src, (id, tenant), source) {
+            self.network.drops.wrong_host += 1;
+            return None;
+        }
+        let here = self.by_gid.get(&(id, to)).copied();
+        let ports = here.and_then(|e| self.cm_port(e, 0)).into_iter().collect();
+        Some((Arrival { ports, source }, mad))
     }
 }

@@ -122,6 +122,9 @@ impl Engine {
     /// A datagram has come. Its CRC is right, and nothing else is certain.
     pub(super) fn on_datagram(&mut self, packet: &Received<'_>) {
         const GRH: usize = GRH_BYTES as usize;
+        if packet.headers.bth.dest_qp == freeflow_wire::cm::QPN {
+            return self.on_cm_datagram(packet);
+        }
         if !self.network.map.segments.contains_key(&packet.src) {
             return self.on_stock_datagram(packet);
         }
@@ -183,7 +186,12 @@ impl Engine {
     }
 
     /// Whether the packets that an endpoint of a tenant sends come from this host.
-    fn speaks_for(&self, host: IpAddr, (tenant, name): (TenantId, &str), source: Gid) -> bool {
+    pub(super) fn speaks_for(
+        &self,
+        host: IpAddr,
+        (tenant, name): (TenantId, &str),
+        source: Gid,
+    ) -> bool {
         let here = self.by_gid.contains_key(&(tenant, source));
         !here && self.network.map.find(name, source) == Some(host)
     }
@@ -224,7 +232,7 @@ impl Engine {
 
 /// Which tenant's group a multicast datagram is for: its name, behind one byte that says how long
 /// that is. Of other datagrams the receiver's endpoint tells it.
-fn tag(tenant: &str) -> Vec<u8> {
+pub(super) fn tag(tenant: &str) -> Vec<u8> {
     let name = tenant.as_bytes();
     let len = u8::try_from(name.len()).unwrap_or(u8::MAX);
     let mut tag = vec![len];
@@ -233,7 +241,7 @@ fn tag(tenant: &str) -> Vec<u8> {
 }
 
 /// The tenant's name, and what follows it.
-fn untag(data: &[u8]) -> Option<(&str, &[u8])> {
+pub(super) fn untag(data: &[u8]) -> Option<(&str, &[u8])> {
     let (&len, rest) = data.split_first()?;
     let (name, rest) = rest.split_at_checked(len.into())?;
     Some((std::str::from_utf8(name).ok()?, rest))
