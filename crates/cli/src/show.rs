@@ -196,7 +196,9 @@ fn print_quota(quota: &[QuotaStatus]) {
     for q in quota {
         let limit = q.limit.map_or_else(|| "none".to_owned(), |n| n.to_string());
         rows.push(match q.resource {
-            Resource::Control | Resource::Connects => row(&[q.resource.name(), "-", &format!("{limit}/s"), "-"]),
+            Resource::Control | Resource::Connects => {
+                row(&[q.resource.name(), "-", &format!("{limit}/s"), "-"])
+            }
             other => row(&[
                 other.name(),
                 &q.used.to_string(),

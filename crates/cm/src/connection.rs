@@ -335,15 +335,18 @@ impl Connection {
     }
 
     fn on_rej(&mut self, now: u64, rej: &Rej) -> Option<Told> {
+        if rej.message == Rejected::Req && self.active && self.state != State::ReqSent {
+            // Late: the request was accepted, after all.
+            return None;
+        }
         match self.state {
-            State::ReqSent | State::ReqRcvd | State::RepSent => {
-                if rej.reason == Rej::STALE_CONNECTION {
-                    self.enter_time_wait(now);
-                } else {
-                    self.close();
-                }
-            }
-            State::RepRcvd | State::Established | State::DreqSent => self.enter_time_wait(now),
+            State::ReqSent if rej.reason != Rej::STALE_CONNECTION => self.close(),
+            State::ReqSent
+            | State::ReqRcvd
+            | State::RepSent
+            | State::RepRcvd
+            | State::Established
+            | State::DreqSent => self.enter_time_wait(now),
             _ => return None,
         }
         Some(Told::Rejected {
@@ -367,7 +370,7 @@ impl Connection {
                 self.enter_time_wait(now);
                 Some(Told::Disconnected { answered: true })
             }
-            State::TimeWait => {
+            State::TimeWait | State::Closed => {
                 self.transaction = transaction;
                 self.answer(self.drep(), out);
                 None

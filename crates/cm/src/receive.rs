@@ -108,11 +108,12 @@ impl Manager {
         if c.peer != arrival.source || !arrival.ports.iter().any(here) || sidr != c.is_datagram() {
             return false;
         }
-        // The other side's name for it tells of its life before.
+        // A message that is late may be of an end that the other side had before.
         let named = match &mad.message {
             Message::Rtu(m) => Some(m.local_id),
             Message::Dreq(m) => Some(m.local_id),
             Message::Drep(m) => Some(m.local_id),
+            Message::Rej(m) if c.remote != 0 && m.local_id != 0 => Some(m.local_id),
             _ => None,
         };
         if named.is_some_and(|name| name != c.remote) {
