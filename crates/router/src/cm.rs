@@ -82,6 +82,42 @@ impl Cm {
         self.manager.next_timeout()
     }
 
+    /// Ids and channels of a session.
+    #[cfg(feature = "testing")]
+    pub(crate) fn counts(&self, session: Handle) -> (u32, u32) {
+        let (ids, channels) = (self.ids.of(session), self.channels.of(session));
+        (ids.len() as u32, channels.len() as u32)
+    }
+
+    /// Whether channels have the users and the events that ids say.
+    #[cfg(feature = "testing")]
+    pub(crate) fn check(&self) -> Result<(), String> {
+        for (handle, channel) in self.channels.iter() {
+            let own = || self.ids.iter().filter(|(_, id)| id.channel == handle);
+            let users = own().count();
+            if channel.users as usize != users {
+                return Err(format!(
+                    "a channel has {} users, not {users}",
+                    channel.users
+                ));
+            }
+            let waiting: u32 = own().map(|(_, id)| id.waiting).sum();
+            if channel.waiting() != waiting {
+                let has = channel.waiting();
+                return Err(format!(
+                    "{has} events wait in a channel, of its ids {waiting}"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether no id and no channel is left.
+    #[cfg(feature = "testing")]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.ids.iter().next().is_none() && self.channels.iter().next().is_none()
+    }
+
     fn info(&self, id: Handle) -> Result<CmIdInfo, Errno> {
         self.manager.info(id).ok_or(Errno::INVAL)
     }

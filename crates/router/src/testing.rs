@@ -207,6 +207,12 @@ impl Host {
                     s.counts.channels,
                     of(&e.channels, session, |c| c.session),
                 ),
+                ("ids", s.counts.cm_ids, e.cm.counts(session).0),
+                (
+                    "event channels",
+                    s.counts.cm_channels,
+                    e.cm.counts(session).1,
+                ),
                 (
                     "completion queues",
                     s.counts.cqs,
@@ -276,6 +282,7 @@ impl Host {
                 return Err(format!("a channel has {} users, not {cqs}", c.users));
             }
         }
+        e.cm.check()?;
         for (qp, q) in e.qps.iter() {
             if e.by_qpn.get(&q.qpn.get()) != Some(&qp) {
                 return Err(format!("{} is not found by its number", q.qpn));
@@ -313,6 +320,7 @@ impl Host {
             && none(&e.windows)
             && none(&e.dms)
             && e.xrc.is_empty()
+            && e.cm.is_empty()
             && e.by_qpn.is_empty()
             && e.timers.is_empty()
     }

@@ -7,11 +7,14 @@
 #![forbid(unsafe_code)]
 
 mod cast;
+mod ids;
+mod manager;
 mod messages;
 mod rings;
 mod verbs;
 mod work;
 
+pub use manager::manager;
 pub use messages::messages;
 pub use rings::rings;
 pub use verbs::verbs;
@@ -21,8 +24,9 @@ pub use work::work;
 pub type Body = fn(&[u8]);
 
 /// All bodies, by the names of their targets.
-pub const BODIES: [(&str, Body); 4] = [
+pub const BODIES: [(&str, Body); 5] = [
     ("messages", messages),
+    ("manager", manager),
     ("verbs", verbs),
     ("rings", rings),
     ("work", work),

@@ -1,12 +1,14 @@
 //! Control verbs in any order and with any values, from three sessions, while the rings hold
 //! whatever they hold.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
+
 use arbitrary::{Result, Unstructured};
 use freeflow_router::testing::{Host, Process};
 use freeflow_session::{
-    AdviseMr, AdvisedRange, AllocMw, CreateCq, CreateQp, CreateSrq, ExchangeSlots, FileId, Handle,
-    ModifySrq, OpenXrcQp, OpenXrcd, PieceDesc, PieceKind, REGION_SLOTS, RegDmMr, RegMr, Reply,
-    Request, ReregMr, SlotsExchanged, Translation, XrcSrq, decode_request,
+    AdviseMr, AdvisedRange, AllocMw, CmRequest, CreateCq, CreateQp, CreateSrq, ExchangeSlots,
+    FileId, Handle, ModifySrq, OpenXrcQp, OpenXrcd, PieceDesc, PieceKind, REGION_SLOTS, RegDmMr,
+    RegMr, Reply, Request, ReregMr, SlotsExchanged, Translation, XrcSrq, decode_request,
 };
 use freeflow_shm::{RegionEntry, RegionTable};
 use freeflow_types::{
@@ -15,6 +17,7 @@ use freeflow_types::{
 };
 
 use crate::cast::{Bystander, endpoints, finish, host};
+use crate::ids;
 
 const STEPS: usize = 128;
 
@@ -196,7 +199,7 @@ fn small(u: &mut Unstructured<'_>) -> Result<u32> {
 }
 
 fn request(u: &mut Unstructured<'_>, known: &Known) -> Result<Request> {
-    Ok(match u.int_in_range(0..=36)? {
+    Ok(match u.int_in_range(0..=48)? {
         0 | 1 => Request::OpenContext,
         2 => Request::CloseContext {
             context: handle(u, known)?,
@@ -329,6 +332,7 @@ fn request(u: &mut Unstructured<'_>, known: &Known) -> Result<Request> {
         }),
         30..=33 => memory(u, known)?,
         34 => slots(u)?,
+        37..=48 => Request::Cm(cm(u, known)?),
         _ => {
             let (attr, mask) = modification(u, known)?;
             let open = handle(u, known)?;
@@ -339,6 +343,14 @@ fn request(u: &mut Unstructured<'_>, known: &Known) -> Result<Request> {
             }
         }
     })
+}
+
+/// About the connection manager: between the endpoints, and to some address.
+fn cm(u: &mut Unstructured<'_>, known: &Known) -> Result<CmRequest> {
+    let ip = |gid: &Gid| Ipv6Addr::from(gid.0).to_canonical();
+    let mut ips: Vec<_> = known.gids.iter().map(ip).collect();
+    ips.push(Ipv4Addr::UNSPECIFIED.into());
+    ids::request(u, &ips, |u| handle(u, known))
 }
 
 fn qpn(u: &mut Unstructured<'_>, known: &Known) -> Result<u32> {

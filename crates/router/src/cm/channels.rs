@@ -50,6 +50,12 @@ impl CmChannel {
         })
     }
 
+    /// Events that wait.
+    #[cfg(feature = "testing")]
+    pub(super) fn waiting(&self) -> u32 {
+        self.events.len() as u32
+    }
+
     pub(super) fn session(&self) -> Handle {
         self.session
     }
