@@ -84,6 +84,9 @@ pub struct SessionStatus {
     pub paths: Vec<PathStatus>,
     /// Shared receive queues.
     pub srqs: u32,
+    /// Ids of the connection manager.
+    #[serde(default)]
+    pub cm_ids: u32,
     /// Memory regions.
     pub mrs: u32,
     /// Bytes of all memory regions.

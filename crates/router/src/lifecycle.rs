@@ -273,6 +273,7 @@ impl Session {
             qps: self.counts.qps,
             paths,
             srqs: self.counts.srqs,
+            cm_ids: self.counts.cm_ids,
             mrs: self.counts.mrs + posted,
             registered_bytes: self.counts.registered.saturating_add(posted_bytes),
             foreign_bytes: self.counts.foreign,
