@@ -340,7 +340,8 @@ pub enum CmDetail {
         /// First sequence number of the other side.
         psn: Psn,
     },
-    /// Of datagrams: where to send to.
+    /// Of datagrams: where to send to. Also of a group that could not be joined, then with its
+    /// cookie alone.
     Datagram {
         /// The other side's queue pair; of a group, all ones.
         qpn: Qpn,

@@ -366,9 +366,10 @@ pub enum Reply {
     CmEvent(Option<Box<CmEvent>>),
     /// Attributes for an id's queue pair.
     CmQpAttr(Box<CmQpAttr>),
-    /// An id or a membership is gone, of which so many events were taken out of its channel.
+    /// An id or a membership is gone, and with it those of its events that waited: as many packets
+    /// of its channel's socket are void.
     CmDestroyed {
-        /// Events taken out so far.
+        /// Events that waited.
         events: u32,
     },
     /// An id has another channel, with so many events that waited in the old one: as many packets
