@@ -35,8 +35,6 @@ pub(crate) struct Cm {
 pub(crate) struct CmId {
     session: Handle,
     channel: Handle,
-    /// Events that were taken out of its channel.
-    taken: u32,
     /// Events that wait there.
     waiting: u32,
     groups: Vec<Membership>,
@@ -45,8 +43,6 @@ pub(crate) struct CmId {
 /// A multicast group that an id has joined.
 struct Membership {
     cookie: u64,
-    /// Events about it that were taken.
-    taken: u32,
 }
 
 impl CmId {
@@ -54,7 +50,6 @@ impl CmId {
         CmId {
             session,
             channel,
-            taken: 0,
             waiting: 0,
             groups: Vec::new(),
         }
@@ -213,25 +208,24 @@ impl Engine {
         Ok(id)
     }
 
-    /// Removes an id with the events that wait of it, and the requests among these; how many of
-    /// its events were taken.
+    /// Removes an id with the events that wait of it, and the requests among these; how many
+    /// events that were.
     fn remove_cm_id(&mut self, id: Handle) -> u32 {
         let Some(old) = self.cm.ids.remove(id) else {
             return 0;
         };
         self.cm.manager.destroy(self.now, id);
-        let mut requests = Vec::new();
+        let mut events = Vec::new();
         if let Some(channel) = self.cm.channels.get_mut(old.channel) {
             channel.users -= 1;
-            requests = channel.forget(id);
+            events = channel.take_of(id);
         }
         if let Some(s) = self.sessions.get_mut(old.session) {
             s.counts.cm_ids -= 1;
         }
-        for request in requests {
-            self.remove_cm_id(request);
-        }
-        old.taken
+        let requests = events.iter().filter_map(|event| event.new_id);
+        let theirs: u32 = requests.map(|request| self.remove_cm_id(request)).sum();
+        events.len() as u32 + theirs
     }
 
     /// A session ends: its ids and channels go, and whoever they are connected with is told.

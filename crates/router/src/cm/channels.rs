@@ -60,12 +60,6 @@ impl CmChannel {
         self.session
     }
 
-    /// Removes the events of an id; the ids of requests among them.
-    pub(super) fn forget(&mut self, id: Handle) -> Vec<Handle> {
-        let of = self.take_of(id);
-        of.iter().filter_map(|event| event.new_id).collect()
-    }
-
     /// Takes the events of an id out of the line, in their order.
     pub(super) fn take_of(&mut self, id: Handle) -> Vec<CmEvent> {
         let all = std::mem::take(&mut self.events);
@@ -142,13 +136,6 @@ impl Engine {
         let event = event?;
         if let Some(i) = self.cm.ids.get_mut(event.id) {
             i.waiting = i.waiting.saturating_sub(1);
-            i.taken = i.taken.wrapping_add(1);
-            if let CmDetail::Datagram { cookie, .. } = event.detail
-                && event.event == CmEventType::MulticastJoin
-                && let Some(group) = i.groups.iter_mut().find(|g| g.cookie == cookie)
-            {
-                group.taken = group.taken.wrapping_add(1);
-            }
         }
         if event.event == CmEventType::ConnectRequest {
             self.cm.manager.request_taken(event.id);
@@ -156,8 +143,8 @@ impl Engine {
         Some(event)
     }
 
-    /// Removes the events of a group that an id has left; how many of them were taken.
-    pub(super) fn forget_cm_group(&mut self, id: Handle, cookie: u64, taken: u32) -> u32 {
+    /// Removes the events of a group that an id has left; how many.
+    pub(super) fn forget_cm_group(&mut self, id: Handle, cookie: u64) -> u32 {
         let channel = self.cm.ids.get(id).map(|i| i.channel);
         let channel = channel.and_then(|channel| self.cm.channels.get_mut(channel));
         let mut gone = 0;
@@ -173,7 +160,7 @@ impl Engine {
         if let Some(i) = self.cm.ids.get_mut(id) {
             i.waiting = i.waiting.saturating_sub(gone);
         }
-        taken
+        gone
     }
 
     /// Moves an id with its events to another channel of its session; how many events.

@@ -116,15 +116,15 @@ impl Engine {
                     return Err(Errno::NOMEM);
                 }
                 self.cm.manager.join(id, addr, cookie).map_err(errno)?;
-                let joined = Membership { cookie, taken: 0 };
+                let joined = Membership { cookie };
                 self.own_cm_id(session, id)?.groups.push(joined);
                 Ok(())
             }
             CmRequest::Leave { id, cookie } => {
                 let i = self.own_cm_id(session, id)?;
                 let at = i.groups.iter().position(|group| group.cookie == cookie);
-                let group = i.groups.swap_remove(at.ok_or(Errno::INVAL)?);
-                let events = self.forget_cm_group(id, cookie, group.taken);
+                i.groups.swap_remove(at.ok_or(Errno::INVAL)?);
+                let events = self.forget_cm_group(id, cookie);
                 return reply(Reply::CmDestroyed { events });
             }
             CmRequest::WriteEvent { id, status, arg } => {

@@ -351,9 +351,9 @@ fn two_programs_connect_and_disconnect() {
         p.expect(host, Kind::TimewaitExit, 0);
         p.quiet(host);
     }
-    assert_eq!(a.destroy(host, id), 5);
-    assert_eq!(b.destroy(host, peer), 3);
-    assert_eq!(b.destroy(host, listener), 1);
+    for (program, id) in [(&a, id), (&b, peer), (&b, listener)] {
+        assert_eq!(program.destroy(host, id), 0);
+    }
     assert_eq!(host.engine.cm.manager.connections(), 0);
     assert_eq!(host.engine.cm.next_timeout(), None);
 }
@@ -670,7 +670,7 @@ fn groups_are_joined_by_ids_that_have_an_address() {
     );
     let leave = CmRequest::Leave { id, cookie: 42 };
     let left = a.ask(host, leave.clone());
-    assert_eq!(left, Ok(Reply::CmDestroyed { events: 1 }));
+    assert_eq!(left, Ok(Reply::CmDestroyed { events: 0 }));
     assert_eq!(a.ask(host, leave), Err(Errno::INVAL));
 }
 
@@ -711,7 +711,7 @@ fn events_move_with_their_id_and_go_with_it() {
         let event = b.expect(host, Kind::ConnectRequest, 0);
         assert_eq!(event.id, listener, "{n}");
     }
-    assert_eq!(b.destroy(host, listener), 3);
+    assert_eq!(b.destroy(host, listener), 17);
     for id in &ids[3..] {
         assert_eq!(a.expect(host, Kind::Rejected, 28).id, *id);
     }
