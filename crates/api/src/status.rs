@@ -87,6 +87,9 @@ pub struct SessionStatus {
     /// Ids of the connection manager.
     #[serde(default)]
     pub cm_ids: u32,
+    /// Of these, those that listen.
+    #[serde(default)]
+    pub cm_listeners: u32,
     /// Memory regions.
     pub mrs: u32,
     /// Bytes of all memory regions.

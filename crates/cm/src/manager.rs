@@ -147,6 +147,12 @@ impl Manager {
         self.ids.get(&id.0)?.port
     }
 
+    /// Whether an id waits for others to connect.
+    pub fn is_listening(&self, id: Handle) -> bool {
+        let id = self.ids.get(&id.0);
+        id.is_some_and(|id| id.state == IdState::Listening)
+    }
+
     /// Connections, also those that have no id any more.
     pub fn connections(&self) -> usize {
         self.connections.len()

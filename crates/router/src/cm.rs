@@ -228,6 +228,13 @@ impl Engine {
         events.len() as u32 + theirs
     }
 
+    /// How many of a session's ids listen.
+    pub(crate) fn cm_listeners(&self, session: Handle) -> u32 {
+        let ids = self.cm.ids.of(session);
+        let listens = |id: &&Handle| self.cm.manager.is_listening(**id);
+        ids.iter().filter(listens).count() as u32
+    }
+
     /// A session ends: its ids and channels go, and whoever they are connected with is told.
     pub(crate) fn remove_cm_of(&mut self, session: Handle) {
         for id in self.cm.ids.of(session) {

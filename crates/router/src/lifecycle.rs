@@ -233,7 +233,8 @@ impl Engine {
                     .into_iter()
                     .filter_map(|session| {
                         let paths = self.paths(session);
-                        Some(self.sessions.get(session)?.status(paths))
+                        let listeners = self.cm_listeners(session);
+                        Some(self.sessions.get(session)?.status(paths, listeners))
                     })
                     .collect(),
                 counters: e.counters.clone(),
@@ -262,7 +263,11 @@ impl Engine {
 }
 
 impl Session {
-    fn status(&self, paths: Vec<freeflow_api::PathStatus>) -> freeflow_api::SessionStatus {
+    fn status(
+        &self,
+        paths: Vec<freeflow_api::PathStatus>,
+        cm_listeners: u32,
+    ) -> freeflow_api::SessionStatus {
         let (posted, posted_bytes) = self.posted.as_ref().map_or((0, 0), Posted::weight);
         freeflow_api::SessionStatus {
             pid: self.peer.pid,
@@ -274,6 +279,7 @@ impl Session {
             paths,
             srqs: self.counts.srqs,
             cm_ids: self.counts.cm_ids,
+            cm_listeners,
             mrs: self.counts.mrs + posted,
             registered_bytes: self.counts.registered.saturating_add(posted_bytes),
             foreign_bytes: self.counts.foreign,
