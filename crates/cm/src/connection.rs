@@ -123,6 +123,8 @@ pub(crate) struct Connection {
     /// Nanoseconds between repeats.
     pub(crate) interval: u64,
     pub(crate) deadline: Option<u64>,
+    /// The other side has asked for more time since the message was sent last: it may do so once.
+    pub(crate) receipt: bool,
     /// The deadline that the manager's timers know.
     pub(crate) armed: Option<u64>,
 }
@@ -169,6 +171,7 @@ impl Connection {
         out: &mut Vec<Output>,
     ) {
         self.keep(message, modifier);
+        self.receipt = false;
         if at > now {
             self.deadline = Some(at);
             self.retries = self.retries.saturating_add(1);
@@ -211,6 +214,7 @@ impl Connection {
         };
         if retried && self.retries > 0 {
             self.retries -= 1;
+            self.receipt = false;
             self.again(out);
             self.deadline = Some(now.saturating_add(self.interval));
             return None;
@@ -391,6 +395,9 @@ impl Connection {
     }
 
     fn wait_longer(&mut self, now: u64, code: u8) -> Option<Told> {
+        if std::mem::replace(&mut self.receipt, true) {
+            return None;
+        }
         let wait = timeout_ns(code).saturating_add(timeout_ns(self.agreed.ack_timeout));
         self.deadline = Some(now.saturating_add(wait));
         None

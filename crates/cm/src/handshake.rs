@@ -85,6 +85,7 @@ fn connection(local: u32, id: u32, port: Port, peer: Gid, agreed: Agreed) -> Con
         retries: MAX_RETRIES,
         interval: timeout_ns(RESPONSE_TIMEOUT),
         deadline: None,
+        receipt: false,
         armed: None,
     }
 }

@@ -12,6 +12,13 @@ use crate::id::{Id, IdState};
 /// First and last number that is given to who asks for any (Linux: `ip_local_port_range`).
 const EPHEMERAL: (u16, u16) = (32_768, 60_999);
 
+/// Numbers that are tried for who asks for any: where not even one of a hundred is free, that
+/// finds one almost always, and if there is none nobody looks at all of them.
+const TRIES: u32 = 1024;
+
+/// Ids that may have a number together.
+const MAX_OWNERS: usize = 1024;
+
 /// Endpoint, port space, number.
 type Key = (u32, u16, u16);
 
@@ -45,6 +52,9 @@ impl Ports {
             0 => self.any(ids, id)?,
             number => {
                 let owners = self.owners(id.endpoint, id.space, number);
+                if owners.len() >= MAX_OWNERS {
+                    return Err(Refused::AddressNotAvailable);
+                }
                 check(ids, owners, name, id, id.reuse)?;
                 number
             }
@@ -60,10 +70,13 @@ impl Ports {
         let (low, high) = EPHEMERAL;
         let count = u32::from(high - low) + 1;
         let first = (id.entropy >> 16) as u32 % count;
-        let numbers = (0..count).map(|n| low + ((first + n) % count) as u16);
+        // A step that has no divisor in common with the count visits each number once.
+        let step = 8_191;
+        let numbers = (0..TRIES).map(|n| low + ((first + n * step) % count) as u16);
         for number in numbers {
             let owners = self.owners(id.endpoint, id.space, number);
             if number != self.last
+                && owners.len() < MAX_OWNERS
                 && owners
                     .iter()
                     .all(|o| ids.get(o).is_none_or(|o| apart(o, id)))

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use freeflow_cm::{Arrival, Event, Manager, Output, Port};
 use freeflow_session::{CmDetail, CmEventType as Kind, CmParam, CmQp, Handle, PortSpace};
 use freeflow_types::{Gid, Mtu, QpType, Qpn, VirtualIp};
+use freeflow_wire::cm::{Mad, Message, Mra, Rejected};
 use proptest::prelude::*;
 
 const MS: u64 = 1_000_000;
@@ -398,4 +399,55 @@ fn a_network_that_carries_nothing_is_found_out() {
     let verdicts: Vec<_> = told.filter_map(|told| told.last()).collect();
     assert!(verdicts.iter().any(|v| **v == (Kind::Unreachable, -110)));
     world.end();
+}
+
+#[test]
+fn who_asks_for_time_again_and_again_does_not_get_it_for_ever() {
+    let network = Network {
+        lost: 100,
+        doubled: 0,
+        longest: 1,
+    };
+    let mut world = World::new(2, network);
+    let side = &mut world.sides[0];
+    let (id, m, port) = (Handle(2), &mut side.manager, side.port);
+    m.create(id, port.endpoint, PortSpace::Tcp, QpType::Rc, 1 << 40);
+    let to = (address(1), PORT).into();
+    let way = Ok((port, address(0)));
+    m.resolve_addr(id, (None, None), to, way).unwrap();
+    m.resolve_route(id).unwrap();
+    m.connect(0, 0, id, &param(5)).unwrap();
+    let arrival = Arrival {
+        ports: vec![port],
+        source: world.sides[1].port.gid,
+    };
+    let mra = Mra {
+        local_id: 9,
+        remote_id: 1 << 8,
+        message: Rejected::Req,
+        service_timeout: 31,
+        private: [0; 222],
+    };
+    let mad = Mad {
+        transaction: 0,
+        modifier: 0,
+        message: Message::Mra(mra),
+    };
+    let mad = mad.emit().unwrap();
+    let mut now = 0;
+    let m = &mut world.sides[0].manager;
+    while let Some(due) = m.next_timeout() {
+        now += 20 * SECOND;
+        assert!(now < 3600 * SECOND, "it is asked to wait for ever");
+        m.receive(now, &arrival, &mad, &mut |_| None).unwrap();
+        if due <= now {
+            m.on_timeout(now);
+        }
+    }
+    let told = m.take_output();
+    let last = told.iter().rev().find_map(|output| match output {
+        Output::Tell { event, .. } => Some((event.event, event.status)),
+        Output::Send { .. } => None,
+    });
+    assert_eq!(last, Some((Kind::Unreachable, -110)));
 }

@@ -10,6 +10,8 @@ mod requests;
 mod tests;
 mod ways;
 
+use std::collections::VecDeque;
+
 use freeflow_cm::{Arrival, Manager, Output, Port};
 use freeflow_policy::Resource;
 use freeflow_session::{CmIdInfo, Handle};
@@ -35,8 +37,8 @@ pub(crate) struct Cm {
 pub(crate) struct CmId {
     session: Handle,
     channel: Handle,
-    /// Events that wait there.
-    waiting: u32,
+    /// Numbers of the events that wait there.
+    waiting: VecDeque<u64>,
     groups: Vec<Membership>,
 }
 
@@ -50,7 +52,7 @@ impl CmId {
         CmId {
             session,
             channel,
-            waiting: 0,
+            waiting: VecDeque::new(),
             groups: Vec::new(),
         }
     }
@@ -84,6 +86,13 @@ impl Cm {
         (ids.len() as u32, channels.len() as u32)
     }
 
+    /// Events that wait for a session.
+    #[cfg(feature = "testing")]
+    pub(crate) fn waiting(&self, session: Handle) -> u32 {
+        let own = self.channels.iter().filter(|(_, c)| c.session() == session);
+        own.map(|(_, channel)| channel.waiting()).sum()
+    }
+
     /// Whether channels have the users and the events that ids say.
     #[cfg(feature = "testing")]
     pub(crate) fn check(&self) -> Result<(), String> {
@@ -96,7 +105,7 @@ impl Cm {
                     channel.users
                 ));
             }
-            let waiting: u32 = own().map(|(_, id)| id.waiting).sum();
+            let waiting: u32 = own().map(|(_, id)| id.waiting.len() as u32).sum();
             if channel.waiting() != waiting {
                 let has = channel.waiting();
                 return Err(format!(
@@ -218,8 +227,9 @@ impl Engine {
         let mut events = Vec::new();
         if let Some(channel) = self.cm.channels.get_mut(old.channel) {
             channel.users -= 1;
-            events = channel.take_of(id);
+            events = channel.take_out(&old.waiting);
         }
+        self.uncount_cm_events(old.session, events.len() as u32);
         if let Some(s) = self.sessions.get_mut(old.session) {
             s.counts.cm_ids -= 1;
         }

@@ -170,6 +170,8 @@ pub(crate) struct Counts {
     /// Ids and event channels of the connection manager.
     pub(crate) cm_ids: u32,
     pub(crate) cm_channels: u32,
+    /// Events of these that wait.
+    pub(crate) cm_events: u32,
     /// Work requests that its queues can hold.
     pub(crate) outstanding: u64,
     /// Pieces of all memory regions.

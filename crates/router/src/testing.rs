@@ -208,6 +208,7 @@ impl Host {
                     of(&e.channels, session, |c| c.session),
                 ),
                 ("ids", s.counts.cm_ids, e.cm.counts(session).0),
+                ("events", s.counts.cm_events, e.cm.waiting(session)),
                 (
                     "event channels",
                     s.counts.cm_channels,

@@ -1,7 +1,7 @@
 //! Event channels: events wait in the router, and one packet of one byte for each is sent down
 //! the channel's socket, to show that something waits.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::OwnedFd;
 
 use freeflow_cm::Event;
@@ -22,7 +22,10 @@ const SOCKET_BYTES: usize = 4096;
 pub(crate) struct CmChannel {
     session: Handle,
     socket: OwnedFd,
-    events: VecDeque<CmEvent>,
+    /// In line, by numbers that their ids know.
+    events: BTreeMap<u64, CmEvent>,
+    /// Number of the next one.
+    next: u64,
     /// Packets for which there was no room.
     owed: u32,
     /// Whether the socket is in the epoll set.
@@ -43,7 +46,8 @@ impl CmChannel {
         Ok(CmChannel {
             session,
             socket,
-            events: VecDeque::new(),
+            events: BTreeMap::new(),
+            next: 0,
             owed: 0,
             known: false,
             users: 0,
@@ -60,19 +64,20 @@ impl CmChannel {
         self.session
     }
 
-    /// Takes the events of an id out of the line, in their order.
-    pub(super) fn take_of(&mut self, id: Handle) -> Vec<CmEvent> {
-        let all = std::mem::take(&mut self.events);
-        let (of, others) = all.into_iter().partition(|event: &CmEvent| event.id == id);
-        self.events = others;
-        Vec::from(of)
+    /// Takes events out of the line, in their order.
+    pub(super) fn take_out(&mut self, numbers: &VecDeque<u64>) -> Vec<CmEvent> {
+        let events = numbers.iter();
+        events.filter_map(|n| self.events.remove(n)).collect()
     }
 
-    /// Puts an event in line.
-    pub(super) fn add(&mut self, event: CmEvent, set: &OwnedFd, data: u64) {
-        self.events.push_back(event);
+    /// Puts an event in line: its number.
+    fn add(&mut self, event: CmEvent, set: &OwnedFd, data: u64) -> u64 {
+        let number = self.next;
+        self.next += 1;
+        self.events.insert(number, event);
         self.owed = self.owed.saturating_add(1);
         self.show(set, data);
+        number
     }
 
     /// Sends the packets that are owed, as far as there is room; the rest when there is room
@@ -114,7 +119,6 @@ impl Engine {
         let Some(channel) = self.cm.channels.get_mut(handle) else {
             return;
         };
-        i.waiting += 1;
         let event = CmEvent {
             id,
             new_id: event.new_id,
@@ -125,17 +129,23 @@ impl Engine {
             ece: event.ece,
             info,
         };
-        channel.add(event, &self.doorbells, StreamId::Cm(handle).data());
+        let number = channel.add(event, &self.doorbells, StreamId::Cm(handle).data());
+        i.waiting.push_back(number);
+        if let Some(s) = self.sessions.get_mut(i.session) {
+            s.counts.cm_events += 1;
+        }
     }
 
     /// Takes the first event out of a channel.
     pub(super) fn take_cm_event(&mut self, handle: Handle) -> Option<CmEvent> {
         let channel = self.cm.channels.get_mut(handle)?;
-        let event = channel.events.pop_front();
+        let event = channel.events.pop_first();
         channel.show(&self.doorbells, StreamId::Cm(handle).data());
-        let event = event?;
+        let (number, event) = event?;
         if let Some(i) = self.cm.ids.get_mut(event.id) {
-            i.waiting = i.waiting.saturating_sub(1);
+            i.waiting.retain(|&n| n != number);
+            let session = i.session;
+            self.uncount_cm_events(session, 1);
         }
         if event.event == CmEventType::ConnectRequest {
             self.cm.manager.request_taken(event.id);
@@ -143,23 +153,32 @@ impl Engine {
         Some(event)
     }
 
+    /// So many events of a session do not wait any more.
+    pub(super) fn uncount_cm_events(&mut self, session: Handle, gone: u32) {
+        if let Some(s) = self.sessions.get_mut(session) {
+            s.counts.cm_events = s.counts.cm_events.saturating_sub(gone);
+        }
+    }
+
     /// Removes the events of a group that an id has left; how many.
     pub(super) fn forget_cm_group(&mut self, id: Handle, cookie: u64) -> u32 {
-        let channel = self.cm.ids.get(id).map(|i| i.channel);
-        let channel = channel.and_then(|channel| self.cm.channels.get_mut(channel));
-        let mut gone = 0;
-        if let Some(channel) = channel {
-            let before = channel.events.len();
-            channel.events.retain(|event| {
-                let of =
-                    matches!(event.detail, CmDetail::Datagram { cookie: c, .. } if c == cookie);
-                event.id != id || event.event != CmEventType::MulticastJoin || !of
-            });
-            gone = (before - channel.events.len()) as u32;
-        }
-        if let Some(i) = self.cm.ids.get_mut(id) {
-            i.waiting = i.waiting.saturating_sub(gone);
-        }
+        let Some(i) = self.cm.ids.get_mut(id) else {
+            return 0;
+        };
+        let Some(channel) = self.cm.channels.get_mut(i.channel) else {
+            return 0;
+        };
+        let of_group = |event: &CmEvent| {
+            let of = matches!(event.detail, CmDetail::Datagram { cookie: c, .. } if c == cookie);
+            of && event.event == CmEventType::MulticastJoin
+        };
+        let (gone, left) = std::mem::take(&mut i.waiting)
+            .into_iter()
+            .partition(|number| channel.events.get(number).is_some_and(of_group));
+        i.waiting = left;
+        let gone = channel.take_out(&gone).len() as u32;
+        let session = i.session;
+        self.uncount_cm_events(session, gone);
         gone
     }
 
@@ -169,10 +188,11 @@ impl Engine {
             return 0;
         };
         let from = std::mem::replace(&mut i.channel, to);
+        let numbers = std::mem::take(&mut i.waiting);
         let mut events = Vec::new();
         if let Some(channel) = self.cm.channels.get_mut(from) {
             channel.users -= 1;
-            events = channel.take_of(id);
+            events = channel.take_out(&numbers);
         }
         let count = events.len() as u32;
         // The ids of requests that wait come along.
@@ -189,8 +209,12 @@ impl Engine {
         }
         if let Some(channel) = self.cm.channels.get_mut(to) {
             channel.users += 1;
-            for event in events {
-                channel.add(event, &self.doorbells, StreamId::Cm(to).data());
+            let data = StreamId::Cm(to).data();
+            let events = events.into_iter();
+            let numbers = events.map(|event| channel.add(event, &self.doorbells, data));
+            let numbers = numbers.collect();
+            if let Some(i) = self.cm.ids.get_mut(id) {
+                i.waiting = numbers;
             }
         }
         count

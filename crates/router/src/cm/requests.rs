@@ -14,7 +14,10 @@ use crate::engine::Engine;
 use crate::held::Held;
 
 /// Events of an id that may wait before it gets no more of those that its program asks for.
-const MAX_WAITING: u32 = 256;
+const MAX_WAITING: usize = 256;
+
+/// Events of a session, likewise.
+const MAX_WAITING_SESSION: u32 = 65_536;
 
 /// Groups that an id may have joined.
 const MAX_GROUPS: usize = 1024;
@@ -86,7 +89,10 @@ impl Engine {
             CmRequest::ResolveAddr { id, src, dst, .. } => {
                 return self.resolve_cm_addr(session, id, src, dst);
             }
-            CmRequest::ResolveRoute { id, .. } => manager.resolve_route(id),
+            CmRequest::ResolveRoute { id, .. } => {
+                self.may_tell(session, id)?;
+                self.cm.manager.resolve_route(id)
+            }
             CmRequest::Listen { id, backlog } => {
                 manager.listen(id, backlog).map_err(errno)?;
                 return self.cm_info(id);
@@ -111,8 +117,8 @@ impl Engine {
             CmRequest::Join {
                 id, addr, cookie, ..
             } => {
-                let i = self.own_cm_id(session, id)?;
-                if i.waiting >= MAX_WAITING || i.groups.len() >= MAX_GROUPS {
+                self.may_tell(session, id)?;
+                if self.own_cm_id(session, id)?.groups.len() >= MAX_GROUPS {
                     return Err(Errno::NOMEM);
                 }
                 self.cm.manager.join(id, addr, cookie).map_err(errno)?;
@@ -128,9 +134,7 @@ impl Engine {
                 return reply(Reply::CmDestroyed { events });
             }
             CmRequest::WriteEvent { id, status, arg } => {
-                if self.own_cm_id(session, id)?.waiting >= MAX_WAITING {
-                    return Err(Errno::NOMEM);
-                }
+                self.may_tell(session, id)?;
                 self.cm.manager.write_event(id, status, arg)
             }
         };
@@ -147,6 +151,16 @@ impl Engine {
         let channel = self.cm.channels.get_mut(ch);
         let own = channel.filter(|channel| channel.session() == session);
         own.ok_or(Errno::INVAL)
+    }
+
+    /// Whether an id may get one more event that its program asks for. ENOMEM: too many wait.
+    fn may_tell(&mut self, session: Handle, id: Handle) -> Result<(), Errno> {
+        let of_id = self.own_cm_id(session, id)?.waiting.len();
+        let of_session = self.session_mut(session)?.counts.cm_events;
+        if of_id >= MAX_WAITING || of_session >= MAX_WAITING_SESSION {
+            return Err(Errno::NOMEM);
+        }
+        Ok(())
     }
 
     fn cm_info(&self, id: Handle) -> Outcome {
@@ -170,9 +184,7 @@ impl Engine {
         src: Option<SocketAddr>,
         dst: SocketAddr,
     ) -> Outcome {
-        if self.own_cm_id(session, id)?.waiting >= MAX_WAITING {
-            return Err(Errno::NOMEM);
-        }
+        self.may_tell(session, id)?;
         let endpoint = self.session_mut(session)?.endpoint;
         let own = src.and_then(|src| self.cm_own(endpoint, src.ip()));
         let from = self.cm.manager.port(id).or(own);

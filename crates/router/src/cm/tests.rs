@@ -779,3 +779,39 @@ fn tenants_do_not_meet() {
     a.expect(host, Kind::AddrError, -113);
     b.quiet(host);
 }
+
+#[test]
+fn only_so_many_events_wait_that_a_program_makes_itself() {
+    let (mut host, a, _b) = two();
+    let host = &mut host;
+    let id = a.id(host, PortSpace::Tcp);
+    let write = |arg| CmRequest::WriteEvent { id, status: 3, arg };
+    for arg in 0..256 {
+        a.done(host, write(arg));
+    }
+    assert_eq!(a.ask(host, write(256)), Err(Errno::NOMEM));
+    assert_eq!(a.ask(host, resolve(id, B)), Err(Errno::NOMEM));
+    let event = a.expect(host, Kind::User, 3);
+    assert_eq!(event.detail, CmDetail::User { arg: 0 });
+    a.done(host, write(256));
+    assert_eq!(a.destroy(host, id), 256);
+    let session = host.engine.sessions.get(a.process.session).unwrap();
+    assert_eq!(session.counts.cm_events, 0);
+}
+
+#[test]
+fn many_may_share_a_port_but_not_without_end() {
+    let (mut host, a, _b) = two();
+    let host = &mut host;
+    let bind = |host: &mut Host| {
+        let id = a.id(host, PortSpace::Tcp);
+        let option = CmOption::ReuseAddr(true);
+        a.done(host, CmRequest::SetOption { id, option });
+        let addr = address(A, PORT);
+        a.info(host, CmRequest::BindAddr { id, addr })
+    };
+    for _ in 0..1024 {
+        bind(host).unwrap();
+    }
+    assert_eq!(bind(host), Err(Errno::ADDRNOTAVAIL));
+}
