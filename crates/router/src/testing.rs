@@ -4,6 +4,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use freeflow_fabric_udp::{Fabric, Link};
 use freeflow_policy::Usage;
 use freeflow_session::{Handle, Reply, Request, Welcome};
 use freeflow_shm::{Mapping, Region, event_pair};
@@ -16,9 +17,10 @@ use crate::foreign::Opener;
 use crate::held::Held;
 use crate::objects::Peer;
 use crate::posted::Posted;
+use crate::remote::Map;
 use crate::table::{Owned, Table};
 use crate::watch::Progress;
-use crate::{EndReason, EndpointSpec};
+use crate::{EndReason, EndpointSpec, Hosts};
 
 /// Rounds in which everything that can be done without time passing is done.
 const SETTLED: u32 = 10_000;
@@ -51,15 +53,31 @@ impl Host {
         })
     }
 
+    /// Joins the network between hosts by a link, with a map of who is where.
+    pub fn join(&mut self, link: Box<dyn Link + Send>, hosts: Hosts) -> Result<(), Errno> {
+        let map = Map::new(hosts, link.local());
+        self.engine.network.set_map(map);
+        self.engine.join(Fabric::new(link))
+    }
+
     /// Adds an endpoint.
     pub fn endpoint(&mut self, name: &str, tenant: &str, ip: VirtualIp) -> Option<Handle> {
+        self.add(name, tenant, ip, false)
+    }
+
+    /// Adds an endpoint that has the underlay's GID beside its own.
+    pub fn underlay_endpoint(&mut self, name: &str, tenant: &str, ip: VirtualIp) -> Option<Handle> {
+        self.add(name, tenant, ip, true)
+    }
+
+    fn add(&mut self, name: &str, tenant: &str, ip: VirtualIp, underlay: bool) -> Option<Handle> {
         let spec = EndpointSpec {
             name: name.to_owned(),
             tenant: tenant.to_owned(),
             ip,
             socket: "/nowhere".into(),
             quota: Vec::new(),
-            underlay_gid: false,
+            underlay_gid: underlay,
         };
         self.engine.add_endpoint(&spec).ok()
     }

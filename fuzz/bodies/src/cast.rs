@@ -248,8 +248,13 @@ impl Party {
 
     /// Brings a queue pair to RTS.
     pub(crate) fn connect(&self, host: &mut Host, qp: usize, gid: Gid, qpn: u32) {
+        self.connect_from(host, qp, 0, gid, qpn);
+    }
+
+    /// As [`Self::connect`], from the GID of an index.
+    pub(crate) fn connect_from(&self, host: &mut Host, qp: usize, from: u8, gid: Gid, qpn: u32) {
         let Some(own) = self.qps.get(qp) else { return };
-        for (attr, mask) in to_rts(own.qp_type, gid, qpn) {
+        for (attr, mask) in to_rts(own.qp_type, from, gid, qpn) {
             let qp = own.made.qp;
             let asked = host.ask(self.process.session, Request::ModifyQp { qp, attr, mask });
             asked.0.expect("an honest transition");
@@ -326,7 +331,7 @@ impl Party {
 /// The Q_Key of all datagram queue pairs here.
 pub(crate) const QKEY: u32 = 0x1234;
 
-fn to_rts(qp_type: QpType, gid: Gid, qpn: u32) -> [(QpAttr, Mask); 3] {
+fn to_rts(qp_type: QpType, sgid_index: u8, gid: Gid, qpn: u32) -> [(QpAttr, Mask); 3] {
     let attr = QpAttr {
         port_num: 1,
         access: Access::REMOTE_WRITE | Access::REMOTE_READ | Access::REMOTE_ATOMIC,
@@ -335,6 +340,7 @@ fn to_rts(qp_type: QpType, gid: Gid, qpn: u32) -> [(QpAttr, Mask); 3] {
         dest_qpn: qpn,
         av: AddressVector {
             dgid: gid,
+            sgid_index,
             is_global: true,
             port_num: 1,
             ..AddressVector::default()

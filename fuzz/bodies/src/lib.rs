@@ -6,28 +6,35 @@
 
 #![forbid(unsafe_code)]
 
+mod cable;
 mod cast;
 mod ids;
 mod manager;
 mod messages;
+mod packets;
 mod rings;
 mod verbs;
+mod wire;
 mod work;
 
 pub use manager::manager;
 pub use messages::messages;
+pub use packets::packets;
 pub use rings::rings;
 pub use verbs::verbs;
+pub use wire::wire;
 pub use work::work;
 
 /// A body.
 pub type Body = fn(&[u8]);
 
 /// All bodies, by the names of their targets.
-pub const BODIES: [(&str, Body); 5] = [
+pub const BODIES: [(&str, Body); 7] = [
     ("messages", messages),
     ("manager", manager),
     ("verbs", verbs),
     ("rings", rings),
     ("work", work),
+    ("wire", wire),
+    ("packets", packets),
 ];
