@@ -11,6 +11,25 @@ use crate::{
     Bed, DEADLINE, Ended, Running, TcpPair, free_port, program, skip, wait_for_listener_with,
 };
 
+/// By which of their addresses the routers of two hosts reach each other.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Underlay {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Underlay {
+    /// Addresses of the hosts.
+    pub fn addresses(self) -> [&'static str; 2] {
+        match self {
+            Underlay::V4 => Hosts::ADDRESSES,
+            Underlay::V6 => ["2001:db8::1", "2001:db8::2"],
+        }
+    }
+}
+
 /// Two hosts whose routers carry traffic between them.
 pub struct Hosts {
     beds: [Bed; 2],
@@ -19,7 +38,7 @@ pub struct Hosts {
 }
 
 impl Hosts {
-    /// Addresses of the hosts.
+    /// IPv4 addresses of the hosts.
     pub const ADDRESSES: [&'static str; 2] = ["192.0.2.1", "192.0.2.2"];
 
     /// Whether this machine can have them; says loudly if not.
@@ -47,7 +66,19 @@ impl Hosts {
 
     /// As [`Self::new`], with more arguments for both routers.
     pub fn with(mtu: u32, router: &[&str]) -> Result<Hosts> {
+        Self::over(Underlay::V4, mtu, router)
+    }
+
+    /// As [`Self::with`], with routers that reach each other by these addresses. Programs bootstrap
+    /// over IPv4.
+    pub fn over(underlay: Underlay, mtu: u32, router: &[&str]) -> Result<Hosts> {
         let net = TcpPair::new(mtu)?;
+        let addresses = underlay.addresses();
+        if underlay == Underlay::V6 {
+            for (n, address) in addresses.iter().enumerate() {
+                net.shell(n, &format!("ip addr add {address}/64 dev ff{n} nodad"))?;
+            }
+        }
         let dir = tempfile::Builder::new()
             .prefix("ffhosts")
             .tempdir_in("/tmp")?;
@@ -55,7 +86,7 @@ impl Hosts {
         let lines: String = ["default", "other"]
             .into_iter()
             .flat_map(|tenant| {
-                Self::ADDRESSES
+                addresses
                     .into_iter()
                     .enumerate()
                     .map(move |(n, host)| format!("{tenant} 10.{}.0.0/16 {host}\n", NETWORKS[n]))
@@ -64,7 +95,7 @@ impl Hosts {
         std::fs::write(&map, lines)?;
         let map = map.to_str().context("a path that is no text")?;
         let bed = |n: usize| {
-            let own = ["--underlay", Self::ADDRESSES[n], "--hosts", map];
+            let own = ["--underlay", addresses[n], "--hosts", map];
             let args = own.iter().chain(router);
             let host = Host {
                 place: net.place(n),

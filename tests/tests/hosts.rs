@@ -2,15 +2,20 @@
 
 use std::time::Duration;
 
-use freeflow_tests::{DEADLINE, Ended, Hosts, Running, dist, have, perftest, skip};
+use freeflow_tests::{DEADLINE, Ended, Hosts, Running, Underlay, dist, have, perftest, skip};
 
 /// The whole conformance suite, on a slow machine.
 const LIMIT: Duration = Duration::from_secs(900);
 
-const MTUS: [u32; 2] = [1500, 9000];
+/// What the hosts are connected by: addresses of the routers, and bytes of IP packets.
+const LINKS: [(Underlay, u32); 3] = [
+    (Underlay::V4, 1500),
+    (Underlay::V4, 9000),
+    (Underlay::V6, 1500),
+];
 
-fn hosts(test: &str, mtu: u32) -> Option<Hosts> {
-    Hosts::can(test).then(|| Hosts::new(mtu).unwrap())
+fn hosts(test: &str, (underlay, mtu): (Underlay, u32)) -> Option<Hosts> {
+    Hosts::can(test).then(|| Hosts::over(underlay, mtu, &[]).unwrap())
 }
 
 fn pingpong(hosts: &Hosts, program: &str, args: &[&str]) {
@@ -24,13 +29,14 @@ fn ways(hosts: &Hosts, program: &str, ways: &[&str]) {
     perftest::ways(program, ways, |program, args| hosts.pair(program, args));
 }
 
-/// All of `$all` on a link of each MTU.
-macro_rules! each_mtu {
+/// A test over each of the links.
+macro_rules! each_link {
     ($name:ident, $hosts:ident => $body:block) => {
         #[test]
         fn $name() {
-            for mtu in MTUS {
-                let Some($hosts) = hosts(stringify!($name), mtu) else {
+            for link in LINKS {
+                println!("{link:?}");
+                let Some($hosts) = hosts(stringify!($name), link) else {
                     return;
                 };
                 $body
@@ -39,7 +45,7 @@ macro_rules! each_mtu {
     };
 }
 
-each_mtu!(pingpongs, hosts => {
+each_link!(pingpongs, hosts => {
     for program in ["ibv_rc_pingpong", "ibv_uc_pingpong"] {
         if have(program) {
             for args in [&[][..], &["-e"], &["-s", "1048576", "-n", "50"], &["-m", "256"]] {
@@ -49,7 +55,7 @@ each_mtu!(pingpongs, hosts => {
     }
 });
 
-each_mtu!(shared_queues, hosts => {
+each_link!(shared_queues, hosts => {
     for (program, said) in [("ibv_srq_pingpong", " iters in "), ("ibv_xsrq_pingpong", "success")] {
         if have(program) {
             let (_, client) = hosts.pair(program, &["-g", "0", "-n", "500"]).unwrap();
@@ -58,7 +64,7 @@ each_mtu!(shared_queues, hosts => {
     }
 });
 
-each_mtu!(sends, hosts => {
+each_link!(sends, hosts => {
     ways(&hosts, "ib_send_bw", &[
         "-a -n 100",
         "-c UC -s 4096 -n 1000 -r 1024",
@@ -74,7 +80,7 @@ each_mtu!(sends, hosts => {
     ways(&hosts, "ib_send_lat", &["-a -n 50", "-c UC -a -n 50", "-e -s 64 -n 500", "-I 220 -s 220 -n 500"]);
 });
 
-each_mtu!(writes, hosts => {
+each_link!(writes, hosts => {
     ways(&hosts, "ib_write_bw", &[
         "-a -n 100",
         "-c UC -a -n 100",
@@ -87,14 +93,14 @@ each_mtu!(writes, hosts => {
     ways(&hosts, "ib_write_lat", &["-a -n 50", "-I 64 -s 64 -n 500"]);
 });
 
-each_mtu!(reads_and_atomics, hosts => {
+each_link!(reads_and_atomics, hosts => {
     ways(&hosts, "ib_read_bw", &["-a -n 100", "-b -n 300", "-e -n 300", "-q 8 -n 100", "-o 1 -s 64 -n 500", "-l 4 -s 64 -n 1000"]);
     ways(&hosts, "ib_atomic_bw", &["-n 1000", "-A CMP_AND_SWAP -n 1000", "-b -n 500", "-q 8 -n 200"]);
     ways(&hosts, "ib_read_lat", &["-a -n 50", "-e -s 64 -n 500"]);
     ways(&hosts, "ib_atomic_lat", &["-n 500", "-A CMP_AND_SWAP -n 500", "-e -n 500"]);
 });
 
-each_mtu!(nothing_is_lost_when_packets_are, hosts => {
+each_link!(nothing_is_lost_when_packets_are, hosts => {
     if !have("nft") {
         return;
     }
@@ -118,7 +124,7 @@ each_mtu!(nothing_is_lost_when_packets_are, hosts => {
     }
 });
 
-each_mtu!(datagrams, hosts => {
+each_link!(datagrams, hosts => {
     if have("ibv_ud_pingpong") {
         // A datagram is as long as the link's packets allow.
         pingpong(&hosts, "ibv_ud_pingpong", &["-s", "1024"]);
@@ -134,8 +140,16 @@ fn the_port_is_as_wide_as_the_link() {
     if !have("ibv_devinfo") {
         return;
     }
-    for (mtu, active, status) in [(1500, "1024 (3)", 1024), (9000, "4096 (5)", 4096)] {
-        let Some(hosts) = hosts("the_port_is_as_wide_as_the_link", mtu) else {
+    for (underlay, mtu, active, status) in [
+        (Underlay::V4, 1500, "1024 (3)", 1024),
+        (Underlay::V4, 9000, "4096 (5)", 4096),
+        (Underlay::V6, 1500, "1024 (3)", 1024),
+        // What the headers of IPv4 leave room for, and those of IPv6 do not.
+        (Underlay::V4, 4180, "4096 (5)", 4096),
+        (Underlay::V6, 4180, "2048 (4)", 2048),
+    ] {
+        let test = "the_port_is_as_wide_as_the_link";
+        let Some(hosts) = hosts(test, (underlay, mtu)) else {
             return;
         };
         let said = hosts.bed(0).endpoint().run("ibv_devinfo", &[]).unwrap();
@@ -151,9 +165,14 @@ fn the_status_tells_the_path() {
     if !have("ib_write_bw") {
         return;
     }
-    let Some(hosts) = hosts(test, 1500) else {
-        return;
-    };
+    LINKS.into_iter().for_each(|link| {
+        if let Some(hosts) = hosts(test, link) {
+            tells_the_path(&hosts, link.0.addresses());
+        }
+    });
+}
+
+fn tells_the_path(hosts: &Hosts, addresses: [&str; 2]) {
     let args = ["-q", "3", "-D", "1000", "-s", "4096"];
     let (server, client) = hosts.start("ib_write_bw", &args).unwrap();
     let sent = |status: &serde_json::Value| status["fabric"]["sent_packets"].as_u64() > Some(1000);
@@ -162,18 +181,18 @@ fn the_status_tells_the_path() {
         bed.wait_for_status(sent, DEADLINE).unwrap();
         let status = bed.status().unwrap();
         let paths = &status["endpoints"][0]["sessions"][0]["paths"];
-        let wanted = serde_json::json!([{ "host": Hosts::ADDRESSES[other], "qps": 3 }]);
+        let wanted = serde_json::json!([{ "host": addresses[other], "qps": 3 }]);
         assert_eq!(*paths, wanted, "{status:#}");
-        assert_eq!(status["fabric"]["address"], Hosts::ADDRESSES[host]);
+        assert_eq!(status["fabric"]["address"], addresses[host]);
         assert_eq!(
             status["fabric"]["hosts"],
-            serde_json::json!([Hosts::ADDRESSES[other]])
+            serde_json::json!([addresses[other]])
         );
         let text = bed.call(&["status"]).unwrap().success().unwrap().stdout;
-        let path = format!("RoCEv2 to {}", Hosts::ADDRESSES[other]);
+        let path = format!("RoCEv2 to {}", addresses[other]);
         assert!(text.contains(&path), "{text}");
         assert!(
-            text.contains(&format!("underlay: {}", Hosts::ADDRESSES[host])),
+            text.contains(&format!("underlay: {}", addresses[host])),
             "{text}"
         );
     }
@@ -222,7 +241,7 @@ fn passed(said: Ended, at_least: u32) {
     said.success().unwrap();
 }
 
-each_mtu!(the_verbs_do_what_they_promise, hosts => {
+each_link!(the_verbs_do_what_they_promise, hosts => {
     let socket = hosts.bed(1).dir().join("conformance");
     let socket = socket.to_str().unwrap();
     let far = suite(&hosts, 1, &["--serve", socket]);
