@@ -14,6 +14,7 @@ mod port;
 mod process;
 mod victim;
 
+pub mod packets;
 pub mod raw;
 pub mod rig;
 

@@ -1,15 +1,15 @@
 //! What goes wrong between two hosts: routers that die, packets that nobody sent, paths that do
 //! not carry what they should.
 
-use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use freeflow_session::Request;
 use freeflow_shm::SendEntry;
+use freeflow_tests::packets::{packet, say};
 use freeflow_tests::rig::{CAP, Patience, RawQp, Rig, datagrams};
-use freeflow_tests::{DEADLINE, Hosts, Lasting, Running, have, skip, wait_until};
+use freeflow_tests::{DEADLINE, Hosts, Lasting, have, skip, wait_until};
 use freeflow_types::{AddressVector, Gid, Opcode, Psn, QpType, Qpn, VirtualIp, WcStatus};
-use freeflow_wire::{Addresses, Bth, BthOpcode, Deth, Flow, Headers, icrc, tenant_pkey};
+use freeflow_wire::{Bth, BthOpcode, Deth, Headers, tenant_pkey};
 use rustix::process::Signal;
 
 const PAGES: u64 = 1 << 20;
@@ -152,29 +152,6 @@ fn programs_end_when_the_other_hosts_router_is_killed() {
         hosts.bed_mut(0).restart().unwrap();
         hosts.pair(program, &["-n", "100"]).unwrap();
     }
-}
-
-/// A packet as another implementation would send it from an address and port.
-fn packet(from: (&str, u16), to: &str, headers: &Headers, payload: &[u8]) -> Vec<u8> {
-    let headers = headers.with_payload(payload.len());
-    let mut bytes = vec![0; headers.len()];
-    headers.emit(&mut bytes).unwrap();
-    bytes.extend(payload);
-    bytes.extend(vec![0; usize::from(headers.bth.pad)]);
-    let (IpAddr::V4(src), IpAddr::V4(dst)) = (from.0.parse().unwrap(), to.parse().unwrap()) else {
-        panic!("not IPv4");
-    };
-    let flow = Flow {
-        addresses: Addresses::V4 { src, dst },
-        src_port: from.1,
-    };
-    let crc = icrc(&flow, 0, &bytes);
-    bytes.extend(crc);
-    bytes
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// What stands in front of a datagram between IPv4 addresses.
@@ -320,16 +297,7 @@ fn what_nobody_sent_is_dropped_and_counted() {
     ];
     for (from, reason, n, packets) in said {
         let before = drops(&hosts, 0);
-        let mut args = vec![format!("{}:{}", from.0, from.1), here.to_owned()];
-        args.extend(packets.iter().map(|p| hex(p)));
-        let args: Vec<_> = args.iter().map(String::as_str).collect();
-        let mut command = hosts.command(1, env!("CARGO_BIN_EXE_say-udp"), &args);
-        Running::start(&mut command)
-            .unwrap()
-            .wait(DEADLINE)
-            .unwrap()
-            .success()
-            .unwrap();
+        say(&hosts, env!("CARGO_BIN_EXE_say-udp"), *from, packets).unwrap();
         let count = |drops: &serde_json::Value| drops[*reason].as_u64().unwrap();
         let mut now = drops(&hosts, 0);
         wait_until(&format!("{n} dropped as {reason}"), DEADLINE, || {

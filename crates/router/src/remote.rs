@@ -125,6 +125,9 @@ pub(crate) struct Drops {
     pub(crate) not_receiving: u64,
     /// Nothing that the connection has a use for: late, repeated, or out of its order.
     pub(crate) useless: u64,
+    /// A request for what its sender may not have: a key that does not allow it, memory that is not
+    /// the region's, or what the standard has no such request for.
+    pub(crate) refused: u64,
     /// A datagram without the addresses of endpoints in front of its data.
     pub(crate) no_address: u64,
     /// A datagram that nobody whom it is for takes: no receive request, another Q_Key.
@@ -199,6 +202,7 @@ impl Network {
             ("wrong_tenant", drops.wrong_tenant),
             ("not_receiving", drops.not_receiving),
             ("useless", drops.useless),
+            ("refused", drops.refused),
             ("no_address", drops.no_address),
             ("not_taken", drops.not_taken),
             ("damaged", drops.damaged),

@@ -89,6 +89,8 @@ impl Engine {
         match remote.responder.on_request(headers, payload.len()) {
             Verdict::Execute(execution) => {
                 let outcome = self.run(qp, &execution, payload);
+                let refused = outcome.is_err_and(|why| why != Refusal::NotReady);
+                self.network.drops.refused += u64::from(refused);
                 remote.responder.finish(&execution, outcome);
             }
             Verdict::Hold(number)
@@ -100,7 +102,10 @@ impl Engine {
                 remote.held_bytes -= before.map_or(0, |(_, payload)| payload.len());
                 remote.responder.hold(number);
             }
-            Verdict::Invalid => self.nak(qp, Nak::InvalidRequest.event()),
+            Verdict::Invalid => {
+                self.network.drops.refused += 1;
+                self.nak(qp, Nak::InvalidRequest.event());
+            }
             Verdict::Hold(_) | Verdict::Drop(_) => self.network.drops.useless += 1,
         }
     }
