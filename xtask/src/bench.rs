@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: every figure beside its peer, measured in the same run.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -7,10 +8,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use freeflow_tests::{Bed, DEADLINE, Hosts, Running, TcpPair, have};
+use freeflow_vm::{Machine, Vm, VmError};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::cargo::{cargo, run, target};
+use crate::cargo::{cargo, root, run, target};
 use crate::demo::print;
 use crate::{checks, dist, measure, packages};
 
@@ -27,6 +29,15 @@ const SCALE_MRS: usize = 1600;
 const FLOODING: usize = 8;
 const FLOOD_RATE: &str = "control=1000/s";
 const IDLE_TIME: Duration = Duration::from_secs(10);
+/// What is lost of packets, in per cent; what is to be left of the rate, and that as a sentence.
+const LOSSES: [(&str, f64, &str); 3] = [
+    ("0.1", 0.9, "at least 0.9"),
+    ("1", 0.7, "at least 0.7"),
+    ("5", 0.2, "at least 0.2"),
+];
+/// What a guest needs before it measures, and for each measurement of all there are, at most.
+const GUEST_START: Duration = Duration::from_secs(300);
+const GUEST_RUN: Duration = Duration::from_secs(600);
 
 #[derive(Args)]
 pub(crate) struct BenchArgs {
@@ -61,6 +72,8 @@ struct Row {
 enum Target {
     AtLeast(f64, &'static str),
     AtMost(f64, &'static str),
+    /// Nothing: it is there to compare with.
+    None,
 }
 
 struct Bench {
@@ -82,6 +95,7 @@ impl Bench {
         let (met, target) = match target {
             Target::AtLeast(bound, text) => (ratio >= bound, text),
             Target::AtMost(bound, text) => (ratio <= bound, text),
+            Target::None => (true, "-"),
         };
         self.rows.push(Row {
             name: name.into(),
@@ -300,6 +314,64 @@ impl Bench {
         Ok(())
     }
 
+    /// FreeFlow beside the kernel's rxe in one virtual machine, and both when packets are lost.
+    fn rxe(&mut self) -> Result<()> {
+        packages::install(&freeflow_vm::PACKAGES)?;
+        let machine = match Machine::prepare() {
+            Ok(machine) => machine,
+            Err(why @ VmError::Unavailable(_)) => {
+                freeflow_tests::skip("bench beside rxe", &why.to_string());
+                return Ok(());
+            }
+            Err(e) => return Err(e.into()),
+        };
+        let (script, dist) = (root().join("xtask/guest/rxe.sh"), target().join("dist"));
+        let runs = self.runs.to_string();
+        let command = [
+            OsStr::new("bash"),
+            script.as_os_str(),
+            dist.as_os_str(),
+            OsStr::new(&runs),
+        ];
+        let limit = GUEST_START + GUEST_RUN * u32::try_from(self.runs)?;
+        let outcome = Vm::new(&machine).limit(limit).run(&command)?;
+        if !outcome.success() {
+            bail!("{outcome}");
+        }
+        let output = &outcome.hosts.first().context("no guest")?.output;
+        let rate = |name: &str| -> Result<f64> {
+            let figures = measure::named(output, name);
+            if figures.len() != self.runs {
+                bail!("not {runs} times {name} in:\n{output}");
+            }
+            Ok(measure::median(figures))
+        };
+        let mut rows = Vec::new();
+        let three = Target::AtLeast(3.0, "at least 3");
+        for (name, where_) in [("local", "on one host"), ("hosts", "between hosts")] {
+            let name = (
+                format!("ib_write_bw 65536 B {where_}, in a guest"),
+                rate(name)?,
+            );
+            rows.push((name, ("rxe in it".to_owned(), rate("rxe")?), three));
+        }
+        for (percent, part, target) in LOSSES {
+            for (kind, who, target) in [
+                ("hosts", "FreeFlow", Target::AtLeast(part, target)),
+                ("rxe", "rxe", Target::None),
+            ] {
+                let left = rate(&format!("{kind}-loss-{percent}"))?;
+                let whole = rate(&format!("{kind}-loss-0"))?;
+                let name = format!("{who}, ib_write_bw 65536 B, netem loss {percent} %");
+                rows.push(((name, left), ("no loss".to_owned(), whole), target));
+            }
+        }
+        for ((name, figure), peer, target) in rows {
+            self.row(name, (figure, "MiB/s"), peer, target);
+        }
+        Ok(())
+    }
+
     fn message_rate(&mut self) -> Result<()> {
         let rate = self.median(|| {
             let args = ["-s", "64", "-n", "500000", "-N"];
@@ -506,7 +578,7 @@ fn cpu_seconds(pid: u32) -> Result<f64> {
 
 type Part = (&'static str, fn(&mut Bench) -> Result<()>);
 
-const PARTS: [Part; 11] = [
+const PARTS: [Part; 12] = [
     ("bandwidth", Bench::bandwidth),
     ("latency", Bench::latency),
     ("message rate", Bench::message_rate),
@@ -518,6 +590,7 @@ const PARTS: [Part; 11] = [
     ("scale", Bench::scale),
     ("hosts", Bench::hosts),
     ("loss", Bench::loss),
+    ("rxe", Bench::rxe),
 ];
 
 /// Measures, prints a table and writes JSON.

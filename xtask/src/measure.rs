@@ -137,6 +137,12 @@ fn figure(text: &str, name: &str) -> Result<f64> {
     Ok(number * factor)
 }
 
+/// The figures of all lines that are a name and a figure.
+pub(crate) fn named(text: &str, name: &str) -> Vec<f64> {
+    let figure = |line: &str| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok();
+    text.lines().filter_map(figure).collect()
+}
+
 /// The middle of some figures.
 pub(crate) fn median(mut figures: Vec<f64>) -> f64 {
     figures.sort_by(f64::total_cmp);
@@ -146,6 +152,13 @@ pub(crate) fn median(mut figures: Vec<f64>) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn figures_are_found_by_their_names() {
+        let text = "rxe 1.5\nrxe-loss-0 7\nrxe failed\nrxe 2\n";
+        assert_eq!(named(text, "rxe"), [1.5, 2.0]);
+        assert_eq!(named(text, "rxe-loss-0"), [7.0]);
+    }
 
     #[test]
     fn perftests_rows_are_read() {
