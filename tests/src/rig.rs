@@ -13,10 +13,11 @@ use freeflow_shm::{
     CompletionEntry, CqRing, Mapping, QpGeometry, QpRings, RecvEntry, Region, SendEntry, Sge,
 };
 use freeflow_types::{
-    Access, AddressVector, Gid, Mtu, Opcode, QpAttr, QpAttrMask, QpCap, QpState, QpType,
+    Access, AddressVector, Gid, Mtu, Opcode, QpAttr, QpAttrMask, QpCap, QpState, QpType, WcStatus,
 };
 
 use crate::raw::Raw;
+use crate::{DEADLINE, Hosts};
 
 /// Address that work requests use for a rig's first byte.
 pub const IOVA: u64 = 0x7000_0000_0000;
@@ -422,4 +423,71 @@ pub fn write(rkey: u32, remote_addr: u64) -> SendEntry {
 pub fn join(a: (&Rig, &RawQp), b: (&Rig, &RawQp)) -> Result<()> {
     a.0.connect(a.1, b.0.gid(), b.1.qpn())?;
     b.0.connect(b.1, a.0.gid(), a.1.qpn())
+}
+
+/// Two rigs on two hosts with a connection between them.
+pub struct Pair {
+    /// On the first host.
+    pub near: (Rig, RawQp),
+    /// On the second one.
+    pub far: (Rig, RawQp),
+}
+
+impl Pair {
+    /// Bytes of each one's pages.
+    pub const PAGES: u64 = 1 << 20;
+
+    /// Connects two endpoints of the usual tenant.
+    pub fn new(hosts: &Hosts, timers: &Patience) -> Result<Pair> {
+        let rig = |host: usize| {
+            let lasting = hosts.bed(host).lasting_endpoint("default")?;
+            Rig::new(&lasting.socket, Self::PAGES)
+        };
+        let (mut a, mut b) = (rig(0)?, rig(1)?);
+        let (qa, qb) = (a.qp(QpType::Rc, CAP)?, b.qp(QpType::Rc, CAP)?);
+        a.connect_with(&qa, b.gid(), qb.qpn(), timers)?;
+        b.connect_with(&qb, a.gid(), qa.qpn(), timers)?;
+        Ok(Pair {
+            near: (a, qa),
+            far: (b, qb),
+        })
+    }
+
+    /// Posts a receive at the far end.
+    pub fn expect(&mut self, len: u32) -> Result<()> {
+        let (b, qb) = &mut self.far;
+        let into = b.sge(0, len);
+        b.recv(qb, 1, &[into])
+    }
+
+    /// Posts a message at the near end.
+    pub fn post(&mut self, len: u32) -> Result<()> {
+        let (a, qa) = &mut self.near;
+        let entry = SendEntry {
+            wr_id: 2,
+            opcode: Opcode::Send.raw() as u8,
+            num_sge: 1,
+            ..SendEntry::default()
+        };
+        let from = a.sge(0, len);
+        a.send(qa, &entry, &[from])
+    }
+
+    /// Waits for the near end's request; how it ended.
+    pub fn outcome(&mut self) -> Result<WcStatus> {
+        let done = self.near.0.completion(DEADLINE)?;
+        WcStatus::from_raw(done.status.into()).context("a status that does not exist")
+    }
+
+    /// Sends a message from the near end, where the far one may expect it or not; how that ended.
+    pub fn send(&mut self, len: u32) -> Result<WcStatus> {
+        self.post(len)?;
+        self.outcome()
+    }
+
+    /// Sends a message that the far end expects; how that ended.
+    pub fn pass(&mut self, len: u32) -> Result<WcStatus> {
+        self.expect(len)?;
+        self.send(len)
+    }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use freeflow_session::Request;
 use freeflow_shm::SendEntry;
 use freeflow_tests::packets::{packet, say};
-use freeflow_tests::rig::{CAP, Patience, RawQp, Rig, datagrams};
+use freeflow_tests::rig::{CAP, Pair, Patience, RawQp, Rig, datagrams};
 use freeflow_tests::{DEADLINE, Hosts, Lasting, have, skip, wait_until};
 use freeflow_types::{AddressVector, Gid, Opcode, Psn, QpType, Qpn, VirtualIp, WcStatus};
 use freeflow_wire::{Bth, BthOpcode, Deth, Headers, tenant_pkey};
@@ -35,44 +35,6 @@ fn send(wr_id: u64) -> SendEntry {
     }
 }
 
-/// Two programs on two hosts, connected.
-struct Pair {
-    near: (Rig, RawQp),
-    far: (Rig, RawQp),
-}
-
-impl Pair {
-    fn new(hosts: &Hosts, timers: &Patience) -> Pair {
-        let (mut a, mut b) = (rig(hosts, 0), rig(hosts, 1));
-        let (qa, qb) = (
-            a.qp(QpType::Rc, CAP).unwrap(),
-            b.qp(QpType::Rc, CAP).unwrap(),
-        );
-        a.connect_with(&qa, b.gid(), qb.qpn(), timers).unwrap();
-        b.connect_with(&qb, a.gid(), qa.qpn(), timers).unwrap();
-        Pair {
-            near: (a, qa),
-            far: (b, qb),
-        }
-    }
-
-    /// Sends a message from the near end to the far one; how the near end's request ended.
-    fn pass(&mut self, len: u32) -> WcStatus {
-        let (b, qb) = &mut self.far;
-        let into = b.sge(0, len);
-        b.recv(qb, 1, &[into]).unwrap();
-        self.send(len)
-    }
-
-    fn send(&mut self, len: u32) -> WcStatus {
-        let (a, qa) = &mut self.near;
-        let from = a.sge(0, len);
-        a.send(qa, &send(2), &[from]).unwrap();
-        let done = a.completion(DEADLINE).unwrap();
-        WcStatus::from_raw(done.status.into()).unwrap()
-    }
-}
-
 fn drops(hosts: &Hosts, host: usize) -> serde_json::Value {
     hosts.bed(host).status().unwrap()["fabric"]["drops"].clone()
 }
@@ -87,12 +49,12 @@ fn silence_ends_requests_in_the_time_that_was_asked_for() {
         retry_cnt: 3,
         rnr_retry: 7,
     };
-    let mut pair = Pair::new(&hosts, &timers);
-    assert_eq!(pair.pass(PAGES as u32), WcStatus::Success);
+    let mut pair = Pair::new(&hosts, &timers).unwrap();
+    assert_eq!(pair.pass(PAGES as u32).unwrap(), WcStatus::Success);
     hosts.bed_mut(1).router().signal(Signal::KILL);
     hosts.bed_mut(1).router().reap(DEADLINE).unwrap();
     let begun = Instant::now();
-    assert_eq!(pair.send(64), WcStatus::RetryExcErr);
+    assert_eq!(pair.send(64).unwrap(), WcStatus::RetryExcErr);
     // The timer runs for one to four times the time that it is set to (IBTA volume 1, 9.7.6.1.3).
     let least = Duration::from_nanos(4096 << timers.timeout) * u32::from(timers.retry_cnt + 1);
     let took = begun.elapsed();
@@ -110,8 +72,8 @@ fn a_new_router_does_not_take_the_old_ones_packets() {
         timeout: 17,
         ..Patience::default()
     };
-    let mut pair = Pair::new(&hosts, &timers);
-    assert_eq!(pair.pass(64), WcStatus::Success);
+    let mut pair = Pair::new(&hosts, &timers).unwrap();
+    assert_eq!(pair.pass(64).unwrap(), WcStatus::Success);
     hosts.bed_mut(1).restart().unwrap();
     // Another program of the same endpoint, connected to the same queue pair.
     let lasting = endpoint(&hosts, 1);
@@ -122,11 +84,11 @@ fn a_new_router_does_not_take_the_old_ones_packets() {
         .unwrap();
     let into = other.sge(0, 64);
     other.recv(&mut qp, 1, &[into]).unwrap();
-    assert_eq!(pair.send(64), WcStatus::RetryExcErr);
+    assert_eq!(pair.send(64).unwrap(), WcStatus::RetryExcErr);
     assert_ne!(drops(&hosts, 1)["unknown_qp"], 0);
     assert!(other.cq.poll().unwrap().is_none());
-    let mut again = Pair::new(&hosts, &Patience::default());
-    assert_eq!(again.pass(PAGES as u32), WcStatus::Success);
+    let mut again = Pair::new(&hosts, &Patience::default()).unwrap();
+    assert_eq!(again.pass(PAGES as u32).unwrap(), WcStatus::Success);
 }
 
 #[test]
@@ -183,8 +145,8 @@ fn what_nobody_sent_is_dropped_and_counted() {
     hosts
         .shell(1, &format!("ip addr add {STRANGER}/24 dev ff1"))
         .unwrap();
-    let mut pair = Pair::new(&hosts, &Patience::default());
-    assert_eq!(pair.pass(64), WcStatus::Success);
+    let mut pair = Pair::new(&hosts, &Patience::default()).unwrap();
+    assert_eq!(pair.pass(64).unwrap(), WcStatus::Success);
     let (victim, qp) = &mut pair.near;
     let into = victim.sge(0, 64);
     victim.recv(qp, 7, &[into]).unwrap();
@@ -321,7 +283,7 @@ fn what_nobody_sent_is_dropped_and_counted() {
         "something was received"
     );
     // The connection is as it was.
-    assert_eq!(pair.pass(PAGES as u32), WcStatus::Success);
+    assert_eq!(pair.pass(PAGES as u32).unwrap(), WcStatus::Success);
 }
 
 #[test]
@@ -338,15 +300,16 @@ fn a_path_that_swallows_large_packets_ends_requests() {
             retry_cnt: 3,
             rnr_retry: 7,
         },
-    );
+    )
+    .unwrap();
     let rule = "nft add table inet hole && nft add chain inet hole input \
                 '{ type filter hook input priority 0; }' && \
                 nft add rule inet hole input udp dport 4791 meta length '>' 1500 drop";
     if let Err(e) = hosts.shell(1, rule) {
         return skip(test, &format!("{e:#}"));
     }
-    assert_eq!(pair.pass(512), WcStatus::Success);
-    assert_eq!(pair.pass(PAGES as u32), WcStatus::RetryExcErr);
+    assert_eq!(pair.pass(512).unwrap(), WcStatus::Success);
+    assert_eq!(pair.pass(PAGES as u32).unwrap(), WcStatus::RetryExcErr);
 }
 
 #[test]
@@ -363,8 +326,8 @@ fn a_host_that_does_not_keep_up_loses_datagrams_and_nothing_else() {
         timeout: 18,
         ..Patience::default()
     };
-    let mut pair = Pair::new(&hosts, &timers);
-    assert_eq!(pair.pass(64), WcStatus::Success);
+    let mut pair = Pair::new(&hosts, &timers).unwrap();
+    assert_eq!(pair.pass(64).unwrap(), WcStatus::Success);
     let mut sender = rig(&hosts, 0);
     let mut ud = sender.qp(QpType::Ud, CAP).unwrap();
     for (attr, mask) in datagrams(QKEY) {
@@ -390,7 +353,7 @@ fn a_host_that_does_not_keep_up_loses_datagrams_and_nothing_else() {
         assert_eq!(done.status, WcStatus::Success.raw() as u8);
     }
     hosts.bed_mut(1).router().signal(Signal::CONT);
-    assert_eq!(pair.pass(PAGES as u32), WcStatus::Success);
+    assert_eq!(pair.pass(PAGES as u32).unwrap(), WcStatus::Success);
     let dropped = drops(&hosts, 1);
     assert_ne!(dropped["overflow"], 0, "{dropped}");
     assert_ne!(dropped["unknown_qp"], 0, "{dropped}");
