@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::cargo::{cargo, root, run, target};
 use crate::demo::print;
-use crate::{checks, dist, measure, packages};
+use crate::{checks, dist, fairness, measure, packages};
 
 /// The usual MTU of an Ethernet link.
 const MTU: u32 = 1500;
@@ -29,6 +29,9 @@ const SCALE_MRS: usize = 1600;
 const FLOODING: usize = 8;
 const FLOOD_RATE: &str = "control=1000/s";
 const IDLE_TIME: Duration = Duration::from_secs(10);
+/// Connections that share a link.
+const MANY: usize = 64;
+const MIB: f64 = (1 << 20) as f64;
 /// What is lost of packets, in per cent; what is to be left of the rate, and that as a sentence.
 const LOSSES: [(&str, f64, &str); 3] = [
     ("0.1", 0.9, "at least 0.9"),
@@ -314,6 +317,44 @@ impl Bench {
         Ok(())
     }
 
+    /// Connections that share a link with each other, and with TCP.
+    fn fairness(&mut self) -> Result<()> {
+        if !Hosts::can("bench of fairness between hosts") {
+            return Ok(());
+        }
+        let index = self.median(|| fairness::alone(MANY))?;
+        let even = Target::AtLeast(0.95, "at least 0.95");
+        self.row(
+            format!("Jain's index of {MANY} connections"),
+            (index, ""),
+            ("all get the same", 1.0),
+            even,
+        );
+        let index = self.median(|| fairness::tcp_alone(MANY))?;
+        self.row(
+            format!("Jain's index of {MANY} TCP streams"),
+            (index, ""),
+            ("all get the same", 1.0),
+            Target::None,
+        );
+        for connections in [1, 8] {
+            let (mut tcp, mut all) = (Vec::new(), Vec::new());
+            for _ in 0..self.runs {
+                let (theirs, ours) = fairness::beside_tcp(connections)?;
+                tcp.push(theirs / MIB);
+                all.push((theirs + ours) / MIB);
+            }
+            let share = measure::median(all) / (connections + 1) as f64;
+            self.row(
+                format!("TCP stream beside {connections} connections"),
+                (measure::median(tcp), "MiB/s"),
+                ("its fair share", share),
+                Target::AtLeast(0.5, "at least 0.5"),
+            );
+        }
+        Ok(())
+    }
+
     /// FreeFlow beside the kernel's rxe in one virtual machine, and both when packets are lost.
     fn rxe(&mut self) -> Result<()> {
         packages::install(&freeflow_vm::PACKAGES)?;
@@ -578,7 +619,7 @@ fn cpu_seconds(pid: u32) -> Result<f64> {
 
 type Part = (&'static str, fn(&mut Bench) -> Result<()>);
 
-const PARTS: [Part; 12] = [
+const PARTS: [Part; 13] = [
     ("bandwidth", Bench::bandwidth),
     ("latency", Bench::latency),
     ("message rate", Bench::message_rate),
@@ -590,6 +631,7 @@ const PARTS: [Part; 12] = [
     ("scale", Bench::scale),
     ("hosts", Bench::hosts),
     ("loss", Bench::loss),
+    ("fairness", Bench::fairness),
     ("rxe", Bench::rxe),
 ];
 

@@ -5,6 +5,7 @@ mod cargo;
 mod checks;
 mod demo;
 mod dist;
+mod fairness;
 mod fuzz;
 mod measure;
 mod packages;
