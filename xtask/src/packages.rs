@@ -20,7 +20,7 @@ pub(crate) const PROGRAMS: [&str; 10] = [
 ];
 
 /// What tests compile against, and what they look at programs and set devices up with.
-pub(crate) const DEVELOPMENT: [&str; 7] = [
+pub(crate) const DEVELOPMENT: [&str; 9] = [
     "gcc",
     "libc6-dev",
     "libibverbs-dev",
@@ -28,6 +28,8 @@ pub(crate) const DEVELOPMENT: [&str; 7] = [
     "binutils",
     "ethtool",
     "valgrind",
+    "nftables",
+    "tshark",
 ];
 
 fn is_installed(package: &str) -> bool {
