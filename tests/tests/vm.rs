@@ -299,3 +299,18 @@ fn freeflow_and_the_reference_are_peers() {
     let passed = summary.split(' ').next().and_then(|n| n.parse().ok());
     assert!(passed.is_some_and(|n: u32| n >= 60), "{outcome}");
 }
+
+/// Nothing that FreeFlow waits for is measured by the time of day.
+#[test]
+fn the_clock_may_jump() {
+    let Some((machine, _one)) = machine("the_clock_may_jump") else {
+        return;
+    };
+    if !have("ibv_rc_pingpong") {
+        return;
+    }
+    let (script, dist) = (script("clock.sh"), dist());
+    let command = [Path::new("bash"), &script, &dist, Path::new("1000")];
+    let outcome = Vm::new(&machine).run(&command).unwrap();
+    assert!(outcome.success(), "{outcome}");
+}
