@@ -55,7 +55,10 @@ pub struct AsyncEvent {
 impl Context {
     /// Opens the device.
     pub fn open() -> Result<Arc<Context>, Errno> {
-        let session = Session::current()?;
+        Self::open_in(Session::current()?)
+    }
+
+    pub(crate) fn open_in(session: Arc<Session>) -> Result<Arc<Context>, Errno> {
         let (reply, fds) = session.call(&Request::OpenContext)?;
         let handle = created(reply)?;
         let events = fds.into_iter().next().ok_or(Errno::PROTO)?;

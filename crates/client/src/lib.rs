@@ -12,6 +12,7 @@
 mod acks;
 mod buf;
 mod channel;
+mod cm;
 mod context;
 mod cq;
 mod dm;
@@ -26,10 +27,14 @@ mod xrc;
 
 pub use buf::Buf;
 pub use channel::CompChannel;
+pub use cm::{CmChannel, CmGroup, CmId, CmReport, cm_device};
 pub use context::{AsyncEvent, Context, Element, Pd, device};
 pub use cq::{Completion, Cq};
 pub use dm::Dm;
-pub use freeflow_session::DeviceInfo;
+pub use freeflow_session::{
+    CmDetail, CmEvent, CmEventType, CmIdInfo, CmOption, CmParam, CmQp, CmQpAttr, DeviceInfo,
+    PortSpace,
+};
 pub use freeflow_shm::{Bind, Sge};
 pub use freeflow_types::*;
 pub use mr::{Advise, Mr, Rereg};

@@ -52,6 +52,8 @@ pub(crate) struct Session {
     /// XRC receive queue pairs by their opening.
     pub(crate) xrc_qps: Mutex<HashMap<u32, Weak<Qp>>>,
     pub(crate) srqs: Mutex<HashMap<u32, Weak<Srq>>>,
+    /// The device as all ids of the connection manager share it.
+    pub(crate) cm_device: Mutex<Option<usize>>,
     /// Empty polls after which a poller yields its processor.
     pub(crate) yield_after: u32,
 }
@@ -150,6 +152,7 @@ impl Session {
             qps: Mutex::default(),
             xrc_qps: Mutex::default(),
             srqs: Mutex::default(),
+            cm_device: Mutex::default(),
             // With a core for everybody, yielding only costs the poller time.
             yield_after: if cores > 4 { 2000 } else { 20 },
         })
