@@ -1,14 +1,15 @@
-//! The C structures of libibverbs, newest layout.
+//! The C structures of libibverbs and librdmacm, newest layout.
 //!
-//! Definitions only. They follow `<infiniband/verbs.h>` of rdma-core 44 to 65: where a structure
-//! has grown, this is its newest form, which begins (or, for `verbs_context`, ends) with the older
-//! ones. Names are the header's. Sizes are asserted here, and compared with the installed header
-//! by a test of the network library.
+//! Definitions only. They follow `<infiniband/verbs.h>` and `<rdma/rdma_cma.h>` of rdma-core 44 to
+//! 65: where a structure has grown, this is its newest form, which begins (or, for
+//! `verbs_context`, ends) with the older ones. Names are the headers'. Sizes are asserted here, and
+//! compared with the installed headers by a test of the network library.
 
 #![allow(non_camel_case_types, reason = "the names are the C header's")]
 #![allow(missing_docs, reason = "documented by the header and the man pages")]
 
 mod attr;
+mod cma;
 mod constants;
 mod context;
 mod domain;
@@ -18,6 +19,7 @@ mod srq;
 mod work;
 
 pub use attr::*;
+pub use cma::*;
 pub use constants::*;
 pub use context::*;
 pub use domain::*;
@@ -92,4 +94,11 @@ const _: () = {
     assert!(size_of::<ibv_grh>() == 40);
     assert!(size_of::<ibv_wc_tm_info>() == 16);
     assert!(size_of::<ibv_async_event>() == 16);
+    assert!(size_of::<rdma_cm_id>() == 416);
+    assert!(offset_of!(rdma_cm_id, event) == 352);
+    assert!(size_of::<rdma_addr>() == 296);
+    assert!(size_of::<rdma_cm_event>() == 80);
+    assert!(size_of::<rdma_addrinfo>() == 96);
+    assert!(size_of::<ibv_sa_path_rec>() == 64);
+    assert!(size_of::<ibv_path_data>() == 72);
 };

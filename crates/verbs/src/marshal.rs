@@ -146,47 +146,16 @@ pub(crate) struct KernelPath {
     preference: u8,
 }
 
-/// `struct ibv_sa_path_rec` of `<infiniband/sa.h>`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub(crate) struct Path {
-    dgid: [u64; 2],
-    sgid: [u64; 2],
-    dlid: u16,
-    slid: u16,
-    raw_traffic: c_int,
-    flow_label: u32,
-    hop_limit: u8,
-    traffic_class: u8,
-    reversible: c_int,
-    numb_path: u8,
-    pkey: u16,
-    sl: u8,
-    mtu_selector: u8,
-    mtu: u8,
-    rate_selector: u8,
-    rate: u8,
-    packet_life_time_selector: u8,
-    packet_life_time: u8,
-    preference: u8,
-}
-
-fn words(gid: [u8; 16]) -> [u64; 2] {
-    let value = u128::from_ne_bytes(gid);
-    [value as u64, (value >> 64) as u64]
-}
-
-fn bytes(words: [u64; 2]) -> [u8; 16] {
-    (u128::from(words[0]) | u128::from(words[1]) << 64).to_ne_bytes()
-}
-
-pub(crate) unsafe extern "C" fn copy_path_rec_from_kern(to: *mut Path, from: *const KernelPath) {
+pub(crate) unsafe extern "C" fn copy_path_rec_from_kern(
+    to: *mut ibv_sa_path_rec,
+    from: *const KernelPath,
+) {
     // SAFETY: the caller gives both structures.
     unsafe {
         let k = &*from;
-        *to = Path {
-            dgid: words(k.dgid),
-            sgid: words(k.sgid),
+        *to = ibv_sa_path_rec {
+            dgid: ibv_gid { raw: k.dgid },
+            sgid: ibv_gid { raw: k.sgid },
             dlid: k.dlid,
             slid: k.slid,
             raw_traffic: k.raw_traffic as c_int,
@@ -208,13 +177,16 @@ pub(crate) unsafe extern "C" fn copy_path_rec_from_kern(to: *mut Path, from: *co
     }
 }
 
-pub(crate) unsafe extern "C" fn copy_path_rec_to_kern(to: *mut KernelPath, from: *const Path) {
+pub(crate) unsafe extern "C" fn copy_path_rec_to_kern(
+    to: *mut KernelPath,
+    from: *const ibv_sa_path_rec,
+) {
     // SAFETY: the caller gives both structures.
     unsafe {
         let p = &*from;
         *to = KernelPath {
-            dgid: bytes(p.dgid),
-            sgid: bytes(p.sgid),
+            dgid: p.dgid.raw,
+            sgid: p.sgid.raw,
             dlid: p.dlid,
             slid: p.slid,
             raw_traffic: p.raw_traffic as u32,

@@ -53,10 +53,14 @@ const PREAMBLE: &str = "#include <stddef.h>\n#include <stdio.h>\n#include <pthre
 const NOT_IN_HEADERS: [&str; 3] = ["verbs_device", "ibv_send_wr_more", "ibv_buf"];
 
 /// Types that have another name in C.
-const TYPES: [(&str, &str); 3] = [
+const TYPES: [(&str, &str); 4] = [
     ("ibv_gid", "union ibv_gid"),
     ("pthread_mutex", "pthread_mutex_t"),
     ("pthread_cond", "pthread_cond_t"),
+    (
+        "rdma_cm_event_param",
+        "__typeof__(((struct rdma_cm_event *)0)->param)",
+    ),
 ];
 
 /// Types that have no name in C: of which structure they are which field.
@@ -123,7 +127,7 @@ const FIELDS: [(&str, &str, &str); 14] = [
 const KEYWORDS: [(&str, &str); 2] = [("private", "priv"), ("kind", "type")];
 
 /// What releases of rdma-core after 44 added: left out if the installed header has it not.
-const NEWER: [&str; 26] = [
+const NEWER: [&str; 30] = [
     "IBV_ACCESS_FLUSH_GLOBAL",
     "IBV_ACCESS_FLUSH_PERSISTENT",
     "IBV_DEVICE_ATOMIC_WRITE",
@@ -140,6 +144,10 @@ const NEWER: [&str; 26] = [
     "IBV_REG_MR_MASK_FD_OFFSET",
     "IBV_REG_MR_MASK_DMAH",
     "IBV_REG_MR_MASK_BUF",
+    "RDMA_CM_EVENT_ADDRINFO_RESOLVED",
+    "RDMA_CM_EVENT_ADDRINFO_ERROR",
+    "RDMA_CM_EVENT_USER",
+    "rdma_cm_event_param.arg",
     "ibv_dmah",
     "ibv_mr_init_attr",
     "ibv_port_attr.active_speed_ex",
@@ -206,7 +214,10 @@ fn layouts(ours: &mut Facts, program: &mut String, types: &[Type]) {
             let (first, last) = c_field(&path, field.name);
             let probe = format!("{PREAMBLE}size_t probe = offsetof({c}, {first});\n");
             if NEWER.contains(&path.as_str()) && !compiles(&probe) {
-                end = end.min(field.offset);
+                // A union's members all begin where it does.
+                if field.offset != 0 {
+                    end = end.min(field.offset);
+                }
                 continue;
             }
             let offset = field.offset as i64 - base;
