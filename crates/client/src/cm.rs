@@ -480,30 +480,33 @@ impl CmId {
         self.tell(CmRequest::WriteEvent { id, status, arg })
     }
 
-    /// Moves it and its events to another channel, when those that were reported are acknowledged
-    /// (`rdma_migrate_id(3)`).
+    /// Moves it and the events that wait to another channel (`rdma_migrate_id(3)`). EINVAL: that
+    /// is of another router's life.
     pub fn migrate(self: &Arc<Self>, to: &Arc<CmChannel>) -> Result<(), Errno> {
         let from = self.channel();
-        {
-            let _turn = unpoisoned(&from.turn);
-            // Before its first event can come there.
-            unpoisoned(&to.ids).insert(self.handle.0, Arc::downgrade(self));
-            let moved = self.call(CmRequest::MigrateId {
-                id: self.handle,
-                channel: to.handle,
-            });
-            let events = match moved {
-                Ok(Reply::CmMigrated { events }) => events,
-                failed => {
-                    unpoisoned(&to.ids).remove(&self.handle.0);
-                    return Err(failed.err().unwrap_or(Errno::PROTO));
-                }
-            };
-            from.forget(events);
-            unpoisoned(&from.ids).remove(&self.handle.0);
-            *unpoisoned(&self.channel) = to.clone();
+        if Arc::ptr_eq(&from, to) {
+            return Ok(());
         }
-        self.reported.wait();
+        if !Arc::ptr_eq(&from.session, &to.session) {
+            return Err(Errno::INVAL);
+        }
+        let _turn = unpoisoned(&from.turn);
+        // Before its first event can come there.
+        unpoisoned(&to.ids).insert(self.handle.0, Arc::downgrade(self));
+        let moved = self.call(CmRequest::MigrateId {
+            id: self.handle,
+            channel: to.handle,
+        });
+        let events = match moved {
+            Ok(Reply::CmMigrated { events }) => events,
+            failed => {
+                unpoisoned(&to.ids).remove(&self.handle.0);
+                return Err(failed.err().unwrap_or(Errno::PROTO));
+            }
+        };
+        from.forget(events);
+        unpoisoned(&from.ids).remove(&self.handle.0);
+        *unpoisoned(&self.channel) = to.clone();
         Ok(())
     }
 

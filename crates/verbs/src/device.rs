@@ -123,16 +123,23 @@ pub(crate) unsafe extern "C" fn get_device_index(_device: *mut ibv_device) -> c_
 /// `ibv_open_device(3)`.
 pub(crate) unsafe extern "C" fn open_device(device: *mut ibv_device) -> *mut ibv_context {
     match client::Context::open() {
-        Ok(client) => {
-            let opened = Box::into_raw(Box::new(new_context(device, client)));
-            // SAFETY: just made; the address is taken without a reference.
-            unsafe { &raw mut (*opened).verbs.context }
-        }
+        Ok(client) => give_context(device, client),
         Err(errno) => {
             set_errno(code(errno));
             std::ptr::null_mut()
         }
     }
+}
+
+/// What `ibv_open_device` gives, of a device that is open.
+pub(crate) fn open(client: Arc<client::Context>) -> *mut ibv_context {
+    give_context(device(), client)
+}
+
+fn give_context(device: *mut ibv_device, client: Arc<client::Context>) -> *mut ibv_context {
+    let opened = Box::into_raw(Box::new(new_context(device, client)));
+    // SAFETY: just made; the address is taken without a reference.
+    unsafe { &raw mut (*opened).verbs.context }
 }
 
 /// `ibv_close_device(3)`.

@@ -4,8 +4,8 @@
 //! behind contexts and queues, and the private symbols that vendors' libraries need to load. What
 //! the virtual device does not offer answers as the man page says an absent feature answers.
 //!
-//! The shared object also carries librdmacm's symbols (`rdmacm.rs`); librdmacm.so.1 itself only
-//! names their versions.
+//! The shared object also carries librdmacm's symbols (`rdmacm.rs`, `rdma_cm/`); librdmacm.so.1
+//! itself only names their versions.
 
 #![allow(
     clippy::missing_safety_doc,
@@ -25,6 +25,7 @@ mod objects;
 mod private;
 mod qp;
 mod query;
+mod rdma_cm;
 mod rdmacm;
 mod region;
 mod srq;

@@ -234,13 +234,54 @@ pub(crate) unsafe extern "C" fn modify_qp(
         return libc::EINVAL;
     };
     // SAFETY: the caller gives a live queue pair and attributes.
+    status(unsafe { attributes(&*attr, mask).and_then(|attr| modify(qp, &attr, mask)) })
+}
+
+/// Modifies a queue pair, and what programs see of its state.
+///
+/// # Safety
+///
+/// A live queue pair.
+pub(crate) unsafe fn modify(qp: *mut ibv_qp, attr: &QpAttr, mask: QpAttrMask) -> Result<(), Errno> {
+    // SAFETY: by the caller's promise.
     unsafe {
-        let result =
-            attributes(&*attr, mask).and_then(|attr| ibv_qp::object(qp).client.modify(&attr, mask));
-        if result.is_ok() && mask.contains(QpAttrMask::STATE) {
-            (*qp).state = (*attr).qp_state;
+        ibv_qp::object(qp).client.modify(attr, mask)?;
+        if mask.contains(QpAttrMask::STATE) {
+            (*qp).state = attr.state.raw();
         }
-        status(result)
+    }
+    Ok(())
+}
+
+/// The attributes as C has them.
+pub(crate) fn c_attributes(attr: &QpAttr) -> ibv_qp_attr {
+    ibv_qp_attr {
+        qp_state: attr.state.raw(),
+        cur_qp_state: attr.cur_state.raw(),
+        path_mtu: attr.path_mtu.raw(),
+        path_mig_state: attr.path_mig_state.into(),
+        qkey: attr.qkey,
+        rq_psn: attr.rq_psn,
+        sq_psn: attr.sq_psn,
+        dest_qp_num: attr.dest_qpn,
+        qp_access_flags: attr.access.bits(),
+        cap: c_cap(&attr.cap),
+        ah_attr: address_attr(&attr.av),
+        alt_ah_attr: address_attr(&Default::default()),
+        pkey_index: attr.pkey_index,
+        alt_pkey_index: 0,
+        en_sqd_async_notify: attr.en_sqd_async_notify.into(),
+        sq_draining: attr.sq_draining.into(),
+        max_rd_atomic: attr.max_rd_atomic,
+        max_dest_rd_atomic: attr.max_dest_rd_atomic,
+        min_rnr_timer: attr.min_rnr_timer,
+        port_num: attr.port_num,
+        timeout: attr.timeout,
+        retry_cnt: attr.retry_cnt,
+        rnr_retry: attr.rnr_retry,
+        alt_port_num: 0,
+        alt_timeout: 0,
+        rate_limit: 0,
     }
 }
 
@@ -258,35 +299,7 @@ pub(crate) unsafe extern "C" fn query_qp(
             Ok(now) => now,
             Err(errno) => return code(errno),
         };
-        let none = address_attr(&Default::default());
-        *attr = ibv_qp_attr {
-            qp_state: now.state.raw(),
-            cur_qp_state: now.cur_state.raw(),
-            path_mtu: now.path_mtu.raw(),
-            path_mig_state: now.path_mig_state.into(),
-            qkey: now.qkey,
-            rq_psn: now.rq_psn,
-            sq_psn: now.sq_psn,
-            dest_qp_num: now.dest_qpn,
-            qp_access_flags: now.access.bits(),
-            cap: c_cap(&now.cap),
-            ah_attr: address_attr(&now.av),
-            alt_ah_attr: none,
-            pkey_index: now.pkey_index,
-            alt_pkey_index: 0,
-            en_sqd_async_notify: now.en_sqd_async_notify.into(),
-            sq_draining: now.sq_draining.into(),
-            max_rd_atomic: now.max_rd_atomic,
-            max_dest_rd_atomic: now.max_dest_rd_atomic,
-            min_rnr_timer: now.min_rnr_timer,
-            port_num: now.port_num,
-            timeout: now.timeout,
-            retry_cnt: now.retry_cnt,
-            rnr_retry: now.rnr_retry,
-            alt_port_num: 0,
-            alt_timeout: 0,
-            rate_limit: 0,
-        };
+        *attr = c_attributes(&now);
         *init = ibv_qp_init_attr {
             qp_context: (*qp).qp_context,
             send_cq: (*qp).send_cq,
