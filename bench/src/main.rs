@@ -1,6 +1,7 @@
 //! Programs for `cargo xtask bench`, each run under `freeflow run`: what perftest does not
 //! measure. Each prints one line of JSON.
 
+mod cm;
 mod control;
 mod memory;
 mod queue;
@@ -30,6 +31,11 @@ enum Measure {
     Verbs,
     /// Makes and destroys protection domains as fast as it can, until standard input ends
     Flood,
+    /// Connections made, accepted and ended by the connection manager, per second
+    Cm,
+    /// The other side of `cm`
+    #[command(hide = true)]
+    CmServer,
     /// RDMA writes of 64 bytes between two queue pairs of this process beside idle ones: ns each
     Rate {
         /// Idle queue pairs
@@ -55,6 +61,8 @@ fn main() -> Result<()> {
         Measure::Setup => queue::setup()?,
         Measure::Verbs => control::verbs()?,
         Measure::Flood => control::flood()?,
+        Measure::Cm => cm::connections()?,
+        Measure::CmServer => cm::serve()?,
         Measure::Rate { idle } => queue::rate(idle)?,
         Measure::Idle { qps, mrs } => queue::idle(qps, mrs)?,
     };

@@ -4,30 +4,36 @@ use std::io::Read;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use freeflow_client::{
-    Access, AddressVector, Completion, Context, Cq, DeviceInfo, Mtu, Opcode, Pd, Qp, QpAttr,
+    Access, AddressVector, Completion, Context, Cq, DeviceInfo, Gid, Mtu, Opcode, Pd, Qp, QpAttr,
     QpAttrMask, QpCap, QpInit, QpState, QpType, SendFlags, SendWr, Sge,
 };
 use serde_json::{Value, json};
 
 const DEPTH: u32 = 128;
 
-struct Device {
+pub(crate) struct Device {
     context: Arc<Context>,
     pd: Arc<Pd>,
     cq: Arc<Cq>,
 }
 
 impl Device {
-    fn open() -> Result<Device> {
+    pub(crate) fn open() -> Result<Device> {
         let context = Context::open()?;
         let pd = context.alloc_pd()?;
         let cq = context.create_cq(4 * DEPTH, None, 0, 0)?;
         Ok(Device { context, pd, cq })
     }
 
-    fn create(&self, depth: u32) -> Result<Arc<Qp>> {
+    /// The device's own address.
+    pub(crate) fn gid(&self) -> Result<Gid> {
+        let first = self.context.info().gids.first();
+        first.copied().context("the device has no GID")
+    }
+
+    pub(crate) fn create(&self, depth: u32) -> Result<Arc<Qp>> {
         let init = QpInit {
             qp_type: QpType::Rc,
             send_cq: &self.cq,

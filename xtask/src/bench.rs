@@ -511,6 +511,15 @@ impl Bench {
             peer,
             thousand,
         );
+        let connections = self.median(|| self.own_figure(&["cm"], "connections_per_s"))?;
+        let thousands = Target::AtLeast(1.0, "at least 2000/s");
+        let peer = ("2000/s", 2000.0);
+        self.row(
+            "connections made, accepted and ended",
+            (connections, "1/s"),
+            peer,
+            thousands,
+        );
         Ok(())
     }
 

@@ -6,12 +6,13 @@ use anyhow::{Context, Result};
 use freeflow_tests::is_root;
 
 /// Programs that are run over FreeFlow, and their peers.
-pub(crate) const PROGRAMS: [&str; 10] = [
+pub(crate) const PROGRAMS: [&str; 11] = [
     "perftest",
     "ibverbs-utils",
     "rdmacm-utils",
     "ibverbs-providers",
     "qperf",
+    "fio",
     "iperf3",
     "iproute2",
     "ucx-utils",

@@ -1,0 +1,171 @@
+//! Connections by the connection manager, from nothing to nothing.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+use freeflow_client::{
+    CmChannel, CmEventType, CmId, CmParam, CmQp, PortSpace, Qp, QpAttr, QpAttrMask, QpState, QpType,
+};
+use serde_json::{Value, json};
+
+use crate::queue::Device;
+
+const CONNECTIONS: u32 = 4000;
+/// Under way at a time.
+const AT_ONCE: usize = 16;
+const TIMEOUT_MS: u32 = 5000;
+
+/// An id with its queue pair.
+struct End {
+    id: Arc<CmId>,
+    qp: Arc<Qp>,
+}
+
+impl End {
+    fn new(device: &Device, id: Arc<CmId>) -> Result<End> {
+        let qp = device.create(16)?;
+        let end = End { id, qp };
+        end.bring_to(QpState::Init)?;
+        Ok(end)
+    }
+
+    fn bring_to(&self, state: QpState) -> Result<()> {
+        let said = self.id.init_qp_attr(state)?;
+        let attr = QpAttr { state, ..said.attr };
+        Ok(self.qp.modify(&attr, said.mask | QpAttrMask::STATE)?)
+    }
+
+    fn ready(&self) -> Result<()> {
+        self.bring_to(QpState::Rtr)?;
+        self.bring_to(QpState::Rts)
+    }
+
+    fn param(&self) -> CmParam {
+        CmParam {
+            qp: CmQp {
+                qpn: freeflow_client::Qpn::new(self.qp.qpn()),
+                qp_type: QpType::Rc,
+                srq: false,
+            },
+            private_data: Vec::new(),
+            responder_resources: 1,
+            initiator_depth: 1,
+            flow_control: false,
+            retry_count: 7,
+            rnr_retry_count: 7,
+            qkey: None,
+            ece: None,
+        }
+    }
+
+    fn end(self) -> Result<()> {
+        self.qp.destroy()?;
+        Ok(self.id.destroy()?)
+    }
+}
+
+/// Accepts and answers until it is killed; says its port first.
+pub(crate) fn serve() -> Result<Value> {
+    let device = Device::open()?;
+    let channel = CmChannel::create()?;
+    let listener = channel.create_id(PortSpace::Tcp, QpType::Rc, 0)?;
+    listener.bind(own_address(&device)?)?;
+    println!("{}", listener.listen(0)?.src);
+    let mut ends: HashMap<usize, End> = HashMap::new();
+    let mut next = 0;
+    loop {
+        let report = channel.get_event(|_, _| {
+            next += 1;
+            next
+        })?;
+        report.acknowledge();
+        match (report.event.event, report.new_id) {
+            (CmEventType::ConnectRequest, Some(id)) => {
+                let user = id.user();
+                let end = End::new(&device, id)?;
+                end.ready()?;
+                end.id.accept(Some(end.param()))?;
+                ends.insert(user, end);
+            }
+            (CmEventType::Disconnected, None) => {
+                if let Some(end) = ends.remove(&report.id.user()) {
+                    end.id.disconnect()?;
+                    end.end()?;
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+fn own_address(device: &Device) -> Result<SocketAddr> {
+    let gid = device.gid()?;
+    let ip = std::net::Ipv6Addr::from(gid.0).to_canonical();
+    Ok((ip, 0).into())
+}
+
+/// A program of its own is the other side.
+pub(crate) fn connections() -> Result<Value> {
+    let mut server = Command::new(std::env::current_exe()?)
+        .arg("cm-server")
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let result = connect_to(server.stdout.take().context("no output")?);
+    let _ = server.kill();
+    let _ = server.wait();
+    result
+}
+
+fn connect_to(server: impl std::io::Read) -> Result<Value> {
+    let mut line = String::new();
+    BufReader::new(server).read_line(&mut line)?;
+    let to: SocketAddr = line.trim().parse().context("the server's address")?;
+    let device = Device::open()?;
+    let channel = CmChannel::create()?;
+    let begin = |user: u32| -> Result<Arc<CmId>> {
+        let id = channel.create_id(PortSpace::Tcp, QpType::Rc, user as usize)?;
+        id.resolve_addr(None, to, TIMEOUT_MS)?;
+        Ok(id)
+    };
+    let start = Instant::now();
+    let (mut begun, mut done) = (0, 0);
+    let mut ids: HashMap<usize, Arc<CmId>> = HashMap::new();
+    let mut ends: HashMap<usize, End> = HashMap::new();
+    while done < CONNECTIONS {
+        while ids.len() + ends.len() < AT_ONCE && begun < CONNECTIONS {
+            ids.insert(begun as usize, begin(begun)?);
+            begun += 1;
+        }
+        let report = channel.get_event(|_, _| 0)?;
+        report.acknowledge();
+        let user = report.id.user();
+        match report.event.event {
+            CmEventType::AddrResolved => report.id.resolve_route(TIMEOUT_MS)?,
+            CmEventType::RouteResolved => {
+                let id = ids.remove(&user).context("no such id")?;
+                let end = End::new(&device, id)?;
+                end.id.connect(end.param())?;
+                ends.insert(user, end);
+            }
+            CmEventType::ConnectResponse => {
+                let end = ends.get(&user).context("no such id")?;
+                end.ready()?;
+                end.id.accept(None)?;
+                end.id.disconnect()?;
+            }
+            CmEventType::Disconnected => {
+                ends.remove(&user).context("no such id")?.end()?;
+                done += 1;
+            }
+            CmEventType::TimewaitExit => {}
+            other => bail!("{other:?}, status {}", report.event.status),
+        }
+    }
+    let rate = f64::from(CONNECTIONS) / start.elapsed().as_secs_f64();
+    Ok(json!({ "connections_per_s": rate }))
+}
