@@ -28,6 +28,9 @@ pub struct CmChannel {
     /// Held while an event is fetched and given to its id, and while an id leaves the channel:
     /// nobody is given an event of an id that is gone. Not held while one waits.
     turn: Mutex<()>,
+    /// The program has destroyed it: who still waits in it waits for ever, as for a descriptor that
+    /// another thread has closed.
+    destroyed: AtomicBool,
     /// Ids whose events come here.
     ids: Mutex<HashMap<u32, Weak<CmId>>>,
 }
@@ -102,6 +105,7 @@ impl CmChannel {
             handle,
             events,
             turn: Mutex::default(),
+            destroyed: AtomicBool::new(false),
             ids: Mutex::default(),
         }))
     }
@@ -113,9 +117,15 @@ impl CmChannel {
 
     /// Destroys it. EBUSY: an id uses it.
     pub fn destroy(&self) -> Result<(), Errno> {
+        // Release: before the router closes the socket (edge: `removal`).
+        self.destroyed.store(true, Ordering::Release);
         let channel = self.handle;
-        self.session
-            .destroy(&Request::Cm(CmRequest::DestroyChannel { channel }))
+        let request = Request::Cm(CmRequest::DestroyChannel { channel });
+        let destroyed = self.session.destroy(&request);
+        if destroyed.is_err() {
+            self.destroyed.store(false, Ordering::Release);
+        }
+        destroyed
     }
 
     /// Creates an id whose events come here. `user` is what [`CmId::user`] says.
@@ -216,8 +226,12 @@ impl CmChannel {
         }
     }
 
-    /// The router is gone.
+    /// The socket is closed: the router is gone, or the channel.
     fn removal(&self) -> Result<CmReport, Errno> {
+        // Acquire: see `destroy`.
+        while self.destroyed.load(Ordering::Acquire) {
+            rustix::event::poll(&mut [], None)?;
+        }
         let ids = unpoisoned(&self.ids);
         let of = ids
             .values()

@@ -2,9 +2,10 @@
 
 use core::ffi::{c_char, c_int, c_uint};
 use std::ffi::CStr;
+use std::sync::Arc;
 
 use freeflow_abi::*;
-use freeflow_client::{CmDetail, CmEvent, CmEventType, CmReport, Errno, QpState};
+use freeflow_client::{CmDetail, CmEvent, CmEventType, CmId, CmReport, Errno, QpState};
 
 use super::{Event, address, client, group, id, queues, state};
 use crate::objects::{Base, code, minus_one};
@@ -37,12 +38,17 @@ pub(crate) unsafe extern "C" fn ack_cm_event(event: *mut rdma_cm_event) -> c_int
 ///
 /// A live channel.
 pub(super) unsafe fn get(channel: *mut rdma_event_channel) -> Result<*mut rdma_cm_event, Errno> {
+    // Held while one waits: another thread may destroy the channel.
+    // SAFETY: by the caller's promise.
+    let from = unsafe { rdma_event_channel::object(channel) }
+        .client
+        .clone();
     loop {
-        // SAFETY: by the caller's promise; the listener is not destroyed before it has its turn.
-        let report = unsafe {
-            let from = &rdma_event_channel::object(channel).client;
-            from.get_event(|new, listener| id::accepted(new.clone(), listener.user() as *mut _))?
+        // SAFETY: the listener is not destroyed before it has its turn.
+        let accepted = |new: &_, listener: &CmId| unsafe {
+            id::accepted(Arc::clone(new), listener.user() as _)
         };
+        let report = from.get_event(accepted)?;
         // SAFETY: an id lives until its events are acknowledged.
         if let Some(event) = unsafe { process(report) } {
             return Ok(Box::into_raw(event).cast());
