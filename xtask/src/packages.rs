@@ -21,11 +21,12 @@ pub(crate) const PROGRAMS: [&str; 11] = [
 ];
 
 /// What tests compile against, and what they look at programs and set devices up with.
-pub(crate) const DEVELOPMENT: [&str; 9] = [
+pub(crate) const DEVELOPMENT: [&str; 10] = [
     "gcc",
     "libc6-dev",
     "libibverbs-dev",
     "librdmacm-dev",
+    "libucx-dev",
     "binutils",
     "ethtool",
     "valgrind",
