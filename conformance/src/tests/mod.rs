@@ -16,5 +16,5 @@ macro_rules! themes {
 
 themes! {
     device, data, post, inline, completions, errors, access, states, drain, rnr, atomics, events, order,
-    destroy, datagram, extended, threads, fork, regions, queues, srq, xrc, windows, multicast, domains,
+    destroy, datagram, extended, threads, fork, regions, queues, moderation, srq, xrc, windows, multicast, domains,
 }

@@ -1,9 +1,9 @@
-//! Completion queues: sizes, overrun, resizing, moderation.
+//! Completion queues: sizes, overrun, resizing.
 
 use freeflow_abi::*;
 
 use crate::suite::{End, Env, LONG, Op, Outcome, Pair, QUIET, Side, Spec, check, fail, same, skip, tests};
-use crate::verbs::{Cq, CqEx, name_of, operation, verb};
+use crate::verbs::{Cq, CqEx, name_of, verb};
 
 tests! { "queues";
     size_is_at_least_what_was_asked OneProcess "ibv_create_cq(3): cqe";
@@ -13,7 +13,6 @@ tests! { "queues";
     resize_keeps_completions OneProcess "ibv_resize_cq(3)";
     resize_below_what_is_there OneProcess "ibv_resize_cq(3): outstanding completions are never lost";
     resize_under_load OneProcess "resizing while completions come";
-    moderation OneProcess "ibv_modify_cq(3)";
     flags OneProcess "ibv_create_cq_ex(3): single-threaded, ignore overrun";
 }
 
@@ -158,32 +157,6 @@ fn resize_under_load(env: &Env) -> Outcome {
         }
         resizer.join().unwrap_or_else(|_| Err(crate::suite::Stop::Fail("a thread panicked".to_owned())))
     })
-}
-
-fn moderation(env: &Env) -> Outcome {
-    let pair = Pair::new(env, &Spec { channel: true, ..Spec::rc() })?;
-    let Some(modify) = operation!(pair.near.ctx.ptr, modify_cq) else {
-        skip!("device does not offer moderation of completion events");
-    };
-    let mut attr = ibv_modify_cq_attr {
-        attr_mask: IBV_CQ_ATTR_MODERATE,
-        moderate: ibv_moderate_cq { cq_count: 4, cq_period: 1000 },
-    };
-    // SAFETY: the library's own operation on its live queue.
-    let got = unsafe { modify(pair.near.send_cq.ptr, &mut attr) };
-    if got == libc::EOPNOTSUPP || pair.near.ctx.attr_ex().is_none_or(|a| a.cq_mod_caps == [0; 2]) {
-        skip!("device does not offer moderation of completion events");
-    }
-    same!(got, 0, "ibv_modify_cq: {}", name_of(got));
-    // The period ends the wait for a count that is never reached.
-    let Some(channel) = &pair.near.channel else {
-        fail!("no channel");
-    };
-    pair.near.send_cq.arm(false)?;
-    pair.near.send(&[pair.request(Op::WRITE, 1, 0, 8)])?;
-    check!(channel.wait(LONG).is_some(), "one completion of four, and no event");
-    pair.near.send_cq.acknowledge(1);
-    Ok(())
 }
 
 fn flags(env: &Env) -> Outcome {

@@ -349,6 +349,17 @@ impl Cq {
         Ok(())
     }
 
+    /// Moderates its events: once armed it raises one after `count` completions, or `period`
+    /// microseconds after the first of them, whichever is first. A count below 2, or a period of 0,
+    /// ends that (`ibv_modify_cq(3)`).
+    pub fn moderate(&self, count: u16, period: u16) -> Result<(), Errno> {
+        self.session.tell(&Request::ModifyCq {
+            cq: self.handle,
+            count,
+            period,
+        })
+    }
+
     /// Destroys it, when all its events are acknowledged. EBUSY: a queue pair uses it.
     pub fn destroy(&self) -> Result<(), Errno> {
         self.session

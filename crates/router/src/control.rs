@@ -13,6 +13,7 @@ use freeflow_transport::{ModifyLimits, Qp};
 use freeflow_types::{QpAttr, QpAttrMask, QpCap, QpState, QpType, Qpn};
 use rustix::io::Errno;
 
+use crate::completions::Moderation;
 use crate::engine::Engine;
 use crate::events::Stream;
 use crate::held::Held;
@@ -125,6 +126,11 @@ impl Engine {
             Request::DestroyChannel { channel } => self.destroy_channel(session, channel),
             Request::CreateCq(request) => self.create_cq(session, &request),
             Request::ResizeCq { cq, cqe } => self.resize_cq(session, cq, cqe),
+            Request::ModifyCq { cq, count, period } => {
+                self.own_cq(session, cq)?;
+                self.moderate(cq, Moderation::new(count, period));
+                done()
+            }
             Request::DestroyCq { cq } => self.destroy_cq(session, cq),
             Request::CreateQp(request) => self.create_qp(session, &request),
             Request::ModifyQp { qp, attr, mask } => self.modify_qp(session, qp, &attr, mask),
@@ -460,6 +466,8 @@ impl Engine {
             entries,
             produced: 0,
             overrun: false,
+            moderation: None,
+            held_back: None,
         };
         let Some(cq) = self.cqs.insert(cq) else {
             let _ = self.session_mut(session)?.slabs.free(memory);
@@ -507,6 +515,7 @@ impl Engine {
     }
 
     fn remove_cq(&mut self, cq: Handle) {
+        self.cancel_event(cq);
         let Some(c) = self.cqs.remove(cq) else { return };
         if let Some(channel) = c.channel.and_then(|ch| self.channels.get_mut(ch)) {
             channel.users -= 1;

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use freeflow_session::{Event, Handle};
-use freeflow_shm::{CompletionEntry, DirtyMap};
-use freeflow_types::{AsyncEventType, DeviceLimits, Gid, QpState, TenantId, WcStatus};
+use freeflow_shm::DirtyMap;
+use freeflow_types::{AsyncEventType, DeviceLimits, Gid, QpState, TenantId};
 use rustc_hash::FxHashMap;
 
 use crate::EndReason;
@@ -114,6 +114,8 @@ pub(crate) struct Engine {
     line: VecDeque<Handle>,
     /// When a queue pair's timer fires: at most one of each.
     pub(crate) timers: BTreeSet<(u64, u32)>,
+    /// When a completion queue's event is due that was held back: at most one of each.
+    pub(crate) event_timers: BTreeSet<(u64, u32)>,
     /// When sessions without work are looked for, even if others are busy.
     cool_due: u64,
     pub(crate) dead: Vec<Session>,
@@ -170,6 +172,7 @@ impl Engine {
             hot: Vec::new(),
             line: VecDeque::new(),
             timers: BTreeSet::new(),
+            event_timers: BTreeSet::new(),
             cool_due: 0,
             dead: Vec::new(),
             ending: Vec::new(),
@@ -332,12 +335,19 @@ impl Engine {
             self.timers.pop_first();
             self.resume(Handle(qp));
         }
+        while let Some(&(at, cq)) = self.event_timers.first()
+            && at <= self.now
+        {
+            self.event_timers.pop_first();
+            self.tell(Handle(cq));
+        }
     }
 
     fn next_due(&self) -> Option<u64> {
-        let timer = self.timers.first().map(|&(at, _)| at);
+        let timers = [self.timers.first(), self.event_timers.first()];
+        let timers = timers.into_iter().flatten().map(|&(at, _)| at);
         let others = [self.network.next_timeout(), self.cm.next_timeout()];
-        timer.into_iter().chain(others.into_iter().flatten()).min()
+        timers.chain(others.into_iter().flatten()).min()
     }
 
     /// Nanoseconds for which what has nothing to do is watched. While other hosts talk to us, their
@@ -426,52 +436,6 @@ impl Engine {
         {
             s.ending = Some(reason);
             self.ending.push(session);
-        }
-    }
-
-    /// Adds a completion.
-    pub(crate) fn complete(&mut self, cq: Handle, entry: &CompletionEntry, solicited: bool) {
-        let Some(c) = self.cqs.get_mut(cq) else {
-            return;
-        };
-        let index = c.produced;
-        let Some(ring) = c.ring() else { return };
-        if c.overrun || ring.is_full(index) {
-            if !c.overrun {
-                ring.set_overrun();
-                self.overrun(cq);
-            }
-            return;
-        }
-        ring.produce(index, entry);
-        let event = c.channel.is_some()
-            && ring.take_arming(solicited || entry.status != WcStatus::Success.raw() as u8);
-        c.produced = index.wrapping_add(1);
-        if event && let Some(channel) = c.channel {
-            self.send_event(StreamId::Channel(channel), Event::Completion(cq));
-        }
-    }
-
-    /// A completion is lost: the CQ is unusable, and so are its queue pairs (IBTA volume 1,
-    /// 11.6.3.4).
-    fn overrun(&mut self, cq: Handle) {
-        let Some(c) = self.cqs.get_mut(cq) else {
-            return;
-        };
-        c.overrun = true;
-        let (session, context) = (c.session, c.context);
-        self.async_event(context, Event::Cq(AsyncEventType::CqErr, cq));
-        let slots = self
-            .sessions
-            .get(session)
-            .map(|s| s.slots.clone())
-            .unwrap_or_default();
-        for slot in slots.into_iter().flatten() {
-            let Slot::Qp(qp) = slot else { continue };
-            let uses = |q: &QpObject| q.send_cq == cq || q.recv_cq == cq;
-            if self.qps.get(qp).is_some_and(uses) {
-                self.enter_error(qp, None);
-            }
         }
     }
 

@@ -11,6 +11,7 @@
 mod admin;
 mod bridges;
 mod cm;
+mod completions;
 mod connections;
 mod control;
 mod copier;

@@ -17,6 +17,7 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
 
 use crate::EndReason;
+use crate::completions::{HeldBack, Moderation};
 use crate::copier::Patience;
 use crate::events::Stream;
 use crate::foreign::ForeignMemory;
@@ -315,6 +316,10 @@ pub(crate) struct Cq {
     pub(crate) entries: u32,
     pub(crate) produced: u64,
     pub(crate) overrun: bool,
+    /// If events may come later than the first completion.
+    pub(crate) moderation: Option<Moderation>,
+    /// Completions that the library waits for and has not been told of yet.
+    pub(crate) held_back: Option<HeldBack>,
 }
 
 impl Cq {

@@ -310,13 +310,18 @@ impl Host {
                 return Err(format!("the timer of {} is lost", q.qpn));
             }
         }
+        let held = e.cqs.iter().filter(|(cq, c)| {
+            let held = c.held_back.as_ref();
+            held.is_some_and(|held| e.event_timers.contains(&(held.due, cq.0)))
+        });
         let timers = e.qps.iter().filter(|(_, q)| q.timer.is_some()).count();
         for (what, has, needs) in [
             ("numbers", e.by_qpn.len(), e.qps.iter().count()),
             ("timers", e.timers.len(), timers),
+            ("held events", e.event_timers.len(), held.count()),
         ] {
             if has != needs {
-                return Err(format!("{has} {what} of queue pairs, {needs} are theirs"));
+                return Err(format!("{has} {what}, {needs} belong to something"));
             }
         }
         Ok(())
@@ -342,5 +347,6 @@ impl Host {
             && e.cm.is_empty()
             && e.by_qpn.is_empty()
             && e.timers.is_empty()
+            && e.event_timers.is_empty()
     }
 }

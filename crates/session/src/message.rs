@@ -176,6 +176,17 @@ pub enum Request {
         /// Least number of entries.
         cqe: u32,
     },
+    /// Moderates the events of a CQ: once armed it raises its event after so many completions, or so
+    /// long after the first of them, whichever is first. A count below 2, or a period of 0, has
+    /// each completion raise it at once. [`Reply::Done`].
+    ModifyCq {
+        /// The queue.
+        cq: Handle,
+        /// Completions.
+        count: u16,
+        /// Microseconds.
+        period: u16,
+    },
     /// Destroys it; EBUSY while a QP uses it. [`Reply::Done`].
     DestroyCq {
         /// The queue.
@@ -495,6 +506,7 @@ impl Request {
             | Request::FreeDm { .. }
             | Request::CreateChannel { .. }
             | Request::DestroyChannel { .. }
+            | Request::ModifyCq { .. }
             | Request::DestroyCq { .. }
             | Request::QueryQp { .. }
             | Request::DestroyQp { .. }

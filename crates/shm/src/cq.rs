@@ -56,16 +56,19 @@ impl<'a> CqRing<'a> {
         self.words[PRODUCED].store(index.wrapping_add(1), Ordering::Release);
     }
 
-    /// Router, after [`Self::produce`]: whether the library waits for an event of this kind. The
-    /// arming is used up.
-    pub fn take_arming(&self, solicited: bool) -> bool {
+    /// Router, after [`Self::produce`]: whether the library waits for an event of this kind.
+    pub fn is_armed(&self, solicited: bool) -> bool {
         // Store-load edge against `arm`, followed by the library's look at PRODUCED: either it
         // sees our entry or we see its arming.
         fence(Ordering::SeqCst);
         let armed = self.words[ARMED].load(Ordering::Relaxed);
-        let wanted = armed == ARM_ANY || (armed == ARM_SOLICITED && solicited);
+        armed == ARM_ANY || (armed == ARM_SOLICITED && solicited)
+    }
+
+    /// As [`Self::is_armed`]; the arming is used up.
+    pub fn take_arming(&self, solicited: bool) -> bool {
         // One of several completions takes it.
-        wanted && self.words[ARMED].swap(0, Ordering::AcqRel) != 0
+        self.is_armed(solicited) && self.words[ARMED].swap(0, Ordering::AcqRel) != 0
     }
 
     /// Router: how many entries before this index are not consumed. What the library claims is

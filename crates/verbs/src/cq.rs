@@ -187,6 +187,24 @@ pub(crate) unsafe extern "C" fn resize_cq(cq: *mut ibv_cq, cqe: c_int) -> c_int 
     }
 }
 
+/// `ibv_modify_cq(3)`: 0 or errno.
+pub(crate) unsafe extern "C" fn modify_cq(cq: *mut ibv_cq, attr: *mut ibv_modify_cq_attr) -> c_int {
+    // SAFETY: the caller gives attributes.
+    let attr = unsafe { &*attr };
+    match attr.attr_mask {
+        0 => return libc::EINVAL,
+        IBV_CQ_ATTR_MODERATE => {}
+        _ => return libc::EOPNOTSUPP,
+    }
+    let ibv_moderate_cq {
+        cq_count,
+        cq_period,
+    } = attr.moderate;
+    // SAFETY: the caller gives a live queue.
+    let client = unsafe { &ibv_cq::object(cq).client };
+    status(client.moderate(cq_count, cq_period))
+}
+
 /// `ibv_destroy_cq(3)`: 0 or errno.
 pub(crate) unsafe extern "C" fn destroy_cq(cq: *mut ibv_cq) -> c_int {
     // SAFETY: the caller gives a live queue; only one that is gone is dropped.

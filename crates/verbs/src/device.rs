@@ -204,7 +204,7 @@ fn new_context(device: *mut ibv_device, client: Arc<client::Context>) -> Context
         alloc_parent_domain: Some(domain::alloc_parent_domain),
         dealloc_td: Some(domain::dealloc_td),
         alloc_td: Some(domain::alloc_td),
-        modify_cq: None,
+        modify_cq: Some(cq::modify_cq),
         post_srq_ops: None,
         destroy_rwq_ind_table: None,
         create_rwq_ind_table: None,

@@ -176,7 +176,7 @@ pub(crate) unsafe extern "C" fn query_device_ex(
         packet_pacing_caps: [0; 3],
         raw_packet_caps: 0,
         tm_caps: [0; 5],
-        cq_mod_caps: [0; 2],
+        cq_mod_caps: [u16::MAX; 2],
         max_dm_size: info.limits.max_dm_size,
         pci_atomic_caps: [0; 3],
         xrc_odp_caps: ODP_RC,

@@ -238,10 +238,20 @@ fn request(u: &mut Unstructured<'_>, known: &Known) -> Result<Request> {
             channel: maybe(u, known)?,
             comp_vector: 0,
         }),
-        15 => Request::ResizeCq {
-            cq: handle(u, known)?,
-            cqe: small(u)?,
-        },
+        15 => {
+            if u.arbitrary()? {
+                Request::ResizeCq {
+                    cq: handle(u, known)?,
+                    cqe: small(u)?,
+                }
+            } else {
+                Request::ModifyCq {
+                    cq: handle(u, known)?,
+                    count: u.int_in_range(0..=4)?,
+                    period: u.int_in_range(0..=4)?,
+                }
+            }
+        }
         16 => Request::DestroyCq {
             cq: handle(u, known)?,
         },
