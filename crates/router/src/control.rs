@@ -95,13 +95,8 @@ impl Engine {
                 offset,
                 len,
             } => {
-                let s = self.sessions.get_mut(session).ok_or(Errno::INVAL)?;
-                s.segments.free(Range {
-                    area: segment,
-                    offset,
-                    len,
-                })?;
-                done()
+                let area = segment;
+                self.free_pages(session, Range { area, offset, len })
             }
             Request::AttachMemory => self.attach_memory(session),
             Request::RegMr(request) => self.reg_mr(session, &request),
@@ -370,6 +365,14 @@ impl Engine {
             offset: range.offset,
         };
         Ok((reply, fds))
+    }
+
+    fn free_pages(&mut self, session: Handle, range: Range) -> Outcome {
+        if self.session_mut(session)?.segments.adds_range(range)? {
+            self.check_session(session, Held::pieces(1))?;
+        }
+        self.session_mut(session)?.segments.free(range)?;
+        done()
     }
 
     fn attach_memory(&mut self, session: Handle) -> Outcome {

@@ -20,6 +20,7 @@ use crate::data::Span;
 use crate::events::StreamId;
 use crate::exec::{Request, Step};
 use crate::foreign::Opener;
+use crate::held::MAX_PIECES;
 use crate::notices::Notices;
 use crate::objects::{
     Channel, Context, Cq, Dm, Endpoint, Mr, Pd, QpObject, Session, Slot, Waiting,
@@ -79,6 +80,8 @@ pub(crate) struct Engine {
     pub(crate) limits: DeviceLimits,
     /// Descriptors that all sessions of an endpoint may hold together.
     pub(crate) max_descriptors: u64,
+    /// Pieces of memory regions, and free ranges, that all sessions of an endpoint may have.
+    pub(crate) max_pieces: u64,
     /// Nanoseconds that a session is watched after its last work.
     pub(crate) spin: u64,
     /// The same while other hosts talk to us.
@@ -143,6 +146,7 @@ impl Engine {
         Engine {
             limits,
             max_descriptors: u64::MAX,
+            max_pieces: MAX_PIECES,
             spin,
             copiers: opener.copiers(),
             waited: Duration::ZERO,

@@ -15,8 +15,9 @@ use crate::objects::Session;
 /// first slab is counted with the others.)
 const OF_A_SESSION: u64 = 3;
 
-/// Pieces of all memory regions of an endpoint: each is some 40 bytes of the router's heap.
-const MAX_PIECES: u64 = 1 << 22;
+/// Pieces of all memory regions of an endpoint, and free ranges between what its sessions have of
+/// shared memory: each is some 40 bytes of the router's heap.
+pub(crate) const MAX_PIECES: u64 = 1 << 22;
 
 /// An amount of everything.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,7 +26,7 @@ pub(crate) struct Held {
     pub(crate) descriptors: u64,
     /// Bytes of address space.
     pub(crate) mapped: u64,
-    /// Pieces of memory regions.
+    /// Pieces of memory regions, and free ranges of shared memory.
     pub(crate) pieces: u64,
 }
 
@@ -99,7 +100,7 @@ impl Session {
         Held {
             descriptors: OF_A_SESSION + u64::from(contexts) + u64::from(channels) + areas,
             mapped: self.slabs.mapped() + self.segments.mapped(),
-            pieces: self.counts.pieces,
+            pieces: self.counts.pieces + self.slabs.free_ranges() + self.segments.free_ranges(),
         }
     }
 }
@@ -114,7 +115,7 @@ impl Engine {
             return Err(Errno::MFILE);
         }
         let shared = more.mapped != 0 && total.mapped > self.limits.max_shared_bytes;
-        if shared || (more.pieces != 0 && total.pieces > MAX_PIECES) {
+        if shared || (more.pieces != 0 && total.pieces > self.max_pieces) {
             return Err(Errno::NOMEM);
         }
         Ok(())

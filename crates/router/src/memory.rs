@@ -129,16 +129,36 @@ impl Areas {
         self.areas.len() as u64
     }
 
+    /// Free ranges, each of which takes some of the heap. They lie between what is handed out: who
+    /// gives parts of it back in pieces has more and more of them.
+    pub(crate) fn free_ranges(&self) -> u64 {
+        self.areas.iter().map(|area| area.free.len() as u64).sum()
+    }
+
+    /// Whether there is one more free range when this one is taken back. EINVAL unless all of it was
+    /// handed out.
+    pub(crate) fn adds_range(&self, range: Range) -> Result<bool, Errno> {
+        let free = &self.handed_out(range)?.free;
+        Ok(free.stands_alone(range.offset, range.len))
+    }
+
+    /// The area of a range, all of which was handed out; else EINVAL.
+    fn handed_out(&self, range: Range) -> Result<&Area, Errno> {
+        let page = page_size();
+        let aligned = range.offset.is_multiple_of(page) && range.len.is_multiple_of(page);
+        let area = self.areas.get(range.area as usize).ok_or(Errno::INVAL)?;
+        if aligned && area.free.could_put(range.offset, range.len) {
+            Ok(area)
+        } else {
+            Err(Errno::INVAL)
+        }
+    }
+
     /// Takes a range back; its memory is released and reads as zeroes when handed out again. Of a
     /// large one that happens bit by bit, see [`Self::free_some`]. EINVAL unless all of it was
     /// handed out.
     pub(crate) fn free(&mut self, range: Range) -> Result<(), Errno> {
-        let page = page_size();
-        let aligned = range.offset.is_multiple_of(page) && range.len.is_multiple_of(page);
-        let area = self.areas.get(range.area as usize).ok_or(Errno::INVAL)?;
-        if !aligned || !area.free.could_put(range.offset, range.len) {
-            return Err(Errno::INVAL);
-        }
+        self.handed_out(range)?;
         if range.len > BACK_AT_ONCE {
             self.leaving.push(range);
             return Ok(());
@@ -242,6 +262,21 @@ impl FreeList {
     /// Whether all of the area is free.
     fn is_whole(&self) -> bool {
         self.free.get(&0) == Some(&self.size)
+    }
+
+    /// Free ranges.
+    fn len(&self) -> usize {
+        self.free.len()
+    }
+
+    /// Whether what is behind a range, and before it, is not free.
+    fn stands_alone(&self, offset: u64, len: u64) -> bool {
+        let before = self.free.range(..offset).next_back();
+        let touches = |(&o, &l): (&u64, &u64)| o + l == offset;
+        !before.is_some_and(touches)
+            && offset
+                .checked_add(len)
+                .is_some_and(|end| !self.free.contains_key(&end))
     }
 
     /// Whether a range of this length is free.

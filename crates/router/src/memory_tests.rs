@@ -577,3 +577,53 @@ proptest! {
         prop_assert_eq!(host.bound(), 0);
     }
 }
+
+#[test]
+fn pages_that_are_freed_one_by_one_do_not_fill_the_routers_heap() {
+    const MOST: u64 = 100;
+    let mut host = Host::new(DeviceLimits::default());
+    let len = 1000 * PAGE;
+    let Ok(Reply::Pages {
+        segment, offset, ..
+    }) = host.ask(Request::AllocPages { len })
+    else {
+        panic!("no pages");
+    };
+    host.engine.max_pieces = MOST;
+    let free = |page: u64| Request::FreePages {
+        segment,
+        offset: offset + page * PAGE,
+        len: PAGE,
+    };
+    // Every other one: none has a free neighbour.
+    let errno = (0..500)
+        .find_map(|n| host.ask(free(2 * n)).err().map(|errno| (n, errno)))
+        .unwrap();
+    assert_eq!(errno.1, Errno::NOMEM);
+    let refused = 2 * errno.0;
+    let s = host.engine.sessions.get(host.session).unwrap();
+    let ranges = s.slabs.free_ranges() + s.segments.free_ranges();
+    assert_eq!((s.held.pieces, ranges), (MOST, MOST));
+    // Another session of the endpoint has no more either.
+    let first = std::mem::replace(&mut host.session, Handle(0));
+    host.session = host.another_session();
+    let Ok(Reply::Pages {
+        segment, offset, ..
+    }) = host.ask(Request::AllocPages { len: 4 * PAGE })
+    else {
+        panic!("no pages for another session");
+    };
+    let middle = Request::FreePages {
+        segment,
+        offset: offset + PAGE,
+        len: PAGE,
+    };
+    assert_eq!(host.ask(middle), Err(Errno::NOMEM));
+    host.session = first;
+    // What fills a gap is taken back, and makes room for what was refused and is still handed out.
+    for gap in [1, 3, 5] {
+        assert_eq!(host.ask(free(gap)), Ok(Reply::Done));
+    }
+    assert_eq!(host.ask(free(refused)), Ok(Reply::Done));
+    assert_eq!(host.ask(free(refused)), Err(Errno::INVAL));
+}

@@ -93,7 +93,8 @@ pub enum Request {
         /// Bytes, a multiple of the page size.
         len: u64,
     },
-    /// Gives a range back; its content is gone. [`Reply::Done`].
+    /// Gives a range back; its content is gone. ENOMEM, and it stays handed out: there would be too
+    /// many free ranges with others between them. [`Reply::Done`].
     FreePages {
         /// Segment.
         segment: u32,
