@@ -10,7 +10,8 @@ use freeflow_types::{AsyncEventType, WcStatus};
 
 use crate::engine::Engine;
 use crate::events::StreamId;
-use crate::objects::{QpObject, Slot};
+use crate::lifecycle::SLOTS_AT_ONCE;
+use crate::objects::{Overruns, Slot};
 
 /// When an armed queue raises its event.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -48,6 +49,10 @@ impl Engine {
         let Some(c) = self.cqs.get_mut(cq) else {
             return;
         };
+        // What the library finds in the rings of a session that has ended does not change any more.
+        if !self.leaving.is_empty() && self.sessions.get(c.session).is_none_or(|s| s.ended) {
+            return;
+        }
         let index = c.produced;
         let Some(ring) = c.ring() else { return };
         if c.overrun || ring.is_full(index) {
@@ -133,15 +138,62 @@ impl Engine {
         c.overrun = true;
         let (session, context) = (c.session, c.context);
         self.async_event(context, Event::Cq(AsyncEventType::CqErr, cq));
-        let slots = self
-            .sessions
-            .get(session)
-            .map(|s| s.slots.clone())
-            .unwrap_or_default();
-        for slot in slots.into_iter().flatten() {
-            let Slot::Qp(qp) = slot else { continue };
-            let uses = |q: &QpObject| q.send_cq == cq || q.recv_cq == cq;
-            if self.qps.get(qp).is_some_and(uses) {
+        let Some(s) = self.sessions.get_mut(session) else {
+            return;
+        };
+        if let Some(overruns) = &mut s.overruns {
+            overruns.again = true;
+            return;
+        }
+        s.overruns = Some(Overruns::default());
+        self.overrun.push_back(session);
+        self.fail_users(session);
+    }
+
+    /// Goes on to look for queue pairs of completion queues that overran; false if none is looked
+    /// for.
+    pub(crate) fn fail_some(&mut self) -> bool {
+        let Some(&session) = self.overrun.front() else {
+            return false;
+        };
+        self.fail_users(session);
+        // Many do so in turn.
+        if !self.overrun.is_empty() {
+            self.overrun.rotate_left(1);
+        }
+        true
+    }
+
+    /// Moves some of a session's queue pairs to the error state, if their completion queue overran.
+    fn fail_users(&mut self, session: Handle) {
+        let mut some = Vec::new();
+        let more = self.sessions.get_mut(session).is_some_and(|s| {
+            let Some(overruns) = &mut s.overruns else {
+                return false;
+            };
+            let end = s.slots.len().min(overruns.next + SLOTS_AT_ONCE);
+            let slots = s.slots.get(overruns.next..end).unwrap_or_default();
+            some.extend(slots.iter().flatten().filter_map(|slot| match slot {
+                Slot::Qp(qp) => Some(*qp),
+                Slot::Srq(_) => None,
+            }));
+            overruns.next = end;
+            if end == s.slots.len() && std::mem::take(&mut overruns.again) {
+                overruns.next = 0;
+            }
+            let more = overruns.next < s.slots.len() && !s.ended;
+            if !more {
+                s.overruns = None;
+            }
+            more
+        });
+        if !more {
+            self.overrun.retain(|&other| other != session);
+        }
+        for qp in some {
+            let Some(q) = self.qps.get(qp) else { continue };
+            let mut cqs = [q.send_cq, q.recv_cq].into_iter();
+            if cqs.any(|cq| self.cqs.get(cq).is_some_and(|c| c.overrun)) {
                 self.enter_error(qp, None);
             }
         }

@@ -27,7 +27,7 @@ use crate::table::NONE;
 pub(crate) const QPNS_AT_REST: usize = 4096;
 
 /// Objects that are removed at once, in some hundred microseconds.
-const REMOVED_AT_ONCE: usize = 32;
+pub(crate) const REMOVED_AT_ONCE: usize = 32;
 
 /// An answer and the descriptors beside it.
 pub(crate) struct Answer {
@@ -62,6 +62,8 @@ impl Engine {
     /// left to do.
     pub(crate) fn handle(&mut self, session: Handle, request: Request) -> Answer {
         let result = match request.validate(&self.limits) {
+            // What it asked for before it ended.
+            Ok(()) if self.has_ended(session) => Err(Errno::NODEV),
             Ok(()) => self.dispatch(session, request),
             Err(_) => Err(Errno::INVAL),
         };

@@ -97,7 +97,10 @@ impl Engine {
     ) -> Result<bool, Outcome> {
         let takes = |p: &QpObject| {
             let attr = p.transport.attr();
-            p.qp_type == QpType::Ud && p.transport.may_receive() && attr.qkey == arrival.qkey
+            !self.has_ended(p.session)
+                && p.qp_type == QpType::Ud
+                && p.transport.may_receive()
+                && attr.qkey == arrival.qkey
         };
         let srq = self.qps.get(to).and_then(|p| p.srq);
         if !self.qps.get(to).is_some_and(takes) || self.take_recv(to, srq).is_err() {

@@ -21,6 +21,7 @@ use crate::events::StreamId;
 use crate::exec::{Request, Step};
 use crate::foreign::Opener;
 use crate::held::MAX_PIECES;
+use crate::lifecycle::Leaving;
 use crate::notices::Notices;
 use crate::objects::{
     Channel, Context, Cq, Dm, Endpoint, Mr, Pd, QpObject, Session, Slot, Waiting,
@@ -122,6 +123,10 @@ pub(crate) struct Engine {
     /// When sessions without work are looked for, even if others are busy.
     cool_due: u64,
     pub(crate) dead: Vec<Session>,
+    /// Sessions that have ended, in turn.
+    pub(crate) leaving: VecDeque<Leaving>,
+    /// Sessions with completion queues that overran, in turn.
+    pub(crate) overrun: VecDeque<Handle>,
     /// Sessions that must end, found in the data path.
     pub(crate) ending: Vec<Handle>,
     pub(crate) ended: VecDeque<freeflow_api::EndedSession>,
@@ -179,6 +184,8 @@ impl Engine {
             event_timers: BTreeSet::new(),
             cool_due: 0,
             dead: Vec::new(),
+            leaving: VecDeque::new(),
+            overrun: VecDeque::new(),
             ending: Vec::new(),
             ended: VecDeque::new(),
             now: 0,
@@ -208,7 +215,9 @@ impl Engine {
             self.end_uses();
         }
         self.flush_network();
-        let busy = turns != 0 || received || !self.line.is_empty() || !self.ending.is_empty();
+        let more = self.see_some_off() | self.fail_some();
+        let busy =
+            more || turns != 0 || received || !self.line.is_empty() || !self.ending.is_empty();
         if !busy || now >= self.cool_due {
             self.cool_down();
             self.cool_due = now.saturating_add(self.patience());
@@ -243,7 +252,7 @@ impl Engine {
     fn collect(&mut self) {
         let hot = std::mem::take(&mut self.hot);
         for &session in &hot {
-            let Some(s) = self.sessions.get_mut(session) else {
+            let Some(s) = self.sessions.get_mut(session).filter(|s| !s.ended) else {
                 continue;
             };
             let Some(map) = DirtyMap::new(s.dirty.words()) else {
@@ -398,6 +407,9 @@ impl Engine {
                 progress.at(q.qpn.get());
                 q.queued = false;
                 let session = q.session;
+                if self.has_ended(session) {
+                    continue;
+                }
                 if self.turn(qp, &mut budget)
                     && let Some(s) = self.sessions.get_mut(session)
                 {

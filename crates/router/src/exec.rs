@@ -292,7 +292,8 @@ impl Engine {
         let tenant = self.endpoints.get(from)?.tenant;
         let endpoint = *self.by_gid.get(&(tenant, gid))?;
         let qp = *self.by_qpn.get(&qpn)?;
-        (self.qps.get(qp)?.endpoint == endpoint).then_some(qp)
+        let q = self.qps.get(qp)?;
+        (q.endpoint == endpoint && !self.has_ended(q.session)).then_some(qp)
     }
 
     /// The peer, if it listens to this queue pair: connected back to it, and able to receive.
@@ -304,7 +305,10 @@ impl Engine {
             QpType::XrcSend => p.qp_type == QpType::XrcRecv,
             same => p.qp_type == same,
         };
-        let connected = fits && back.dest_qpn == q.qpn.get() && back.av.dgid == here;
+        let connected = !self.has_ended(p.session)
+            && fits
+            && back.dest_qpn == q.qpn.get()
+            && back.av.dgid == here;
         (connected && p.remote.is_none() && p.transport.may_receive()).then_some(p)
     }
 

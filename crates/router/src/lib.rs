@@ -25,6 +25,8 @@ mod held;
 mod hosts;
 mod keys;
 mod lifecycle;
+#[cfg(test)]
+mod lifecycle_tests;
 mod mcast;
 mod memory;
 #[cfg(test)]
@@ -63,7 +65,7 @@ pub use admin::Admin;
 pub use bridges::MakeBridge;
 pub use hosts::{Hosts, HostsError};
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -73,7 +75,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use freeflow_api::{RouterStatus, RuntimeDir};
+use freeflow_api::{EndpointStatus, PathStatus, RouterStatus, RuntimeDir};
 use freeflow_policy::Setting;
 use freeflow_session::Handle;
 use freeflow_types::{DeviceLimits, VirtualIp};
@@ -477,12 +479,31 @@ impl Router {
         self.shared.notices.take()
     }
 
+    /// How a session's connected queue pairs reach their peers. There may be many, and others want
+    /// the engine.
+    fn paths(&self, session: Handle) -> Vec<PathStatus> {
+        let mut paths = BTreeMap::new();
+        let mut from = Some(0);
+        while let Some(at) = from {
+            from = self.shared.with(|e| e.count_paths(session, at, &mut paths));
+        }
+        let path = |(host, qps)| PathStatus { host, qps };
+        paths.into_iter().map(path).collect()
+    }
+
     /// Everything there is to know.
     pub fn status(&self) -> RouterStatus {
         let (endpoints, ended_sessions, fabric) = self.shared.with(|e| {
             let ended = e.ended.iter().cloned().collect();
             (e.status(), ended, e.network.status())
         });
+        let with_paths = |(mut endpoint, handles): (EndpointStatus, Vec<Handle>)| {
+            for (session, handle) in endpoint.sessions.iter_mut().zip(handles) {
+                session.paths = self.paths(handle);
+            }
+            endpoint
+        };
+        let endpoints = endpoints.into_iter().map(with_paths).collect();
         RouterStatus {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),

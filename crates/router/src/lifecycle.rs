@@ -11,6 +11,7 @@ use freeflow_shm::{DirtyMap, Doorbell, Region};
 use freeflow_types::{Gid, TenantId};
 use rustix::io::Errno;
 
+use crate::control::REMOVED_AT_ONCE;
 use crate::copier::Patience;
 use crate::engine::Engine;
 use crate::held::Held;
@@ -23,13 +24,31 @@ use crate::{EndReason, EndpointSpec, RouterError};
 /// Sessions that ended and are still told of in the status.
 const ENDED_KEPT: usize = 64;
 
+/// Steps of removing what a session had, of at most [`REMOVED_AT_ONCE`] objects each, when it ends:
+/// all that most sessions have, in some hundred microseconds.
+const STEPS_AT_ONCE: usize = 32;
+
+/// The same in one of the engine's rounds.
+const STEPS_PER_ROUND: usize = 8;
+
+/// Slots of a session's queues that are looked at in a row.
+pub(crate) const SLOTS_AT_ONCE: usize = 1024;
+
+/// A session that has ended, and its memory.
+#[derive(Debug)]
+pub(crate) struct Leaving {
+    session: Handle,
+    slabs: Areas,
+    segments: Areas,
+}
+
 impl Engine {
     /// Adds an endpoint.
     pub(crate) fn add_endpoint(&mut self, spec: &EndpointSpec) -> Result<Handle, RouterError> {
         if !spec.ip.is_assignable() {
             return Err(RouterError::BadAddress { ip: spec.ip });
         }
-        if self.endpoints.iter().any(|(_, e)| e.name == spec.name) {
+        if self.present().any(|(_, e)| e.name == spec.name) {
             return Err(RouterError::NameInUse {
                 name: spec.name.clone(),
             });
@@ -66,6 +85,7 @@ impl Engine {
             held: Held::default(),
             patience: Patience::new(Instant::now()),
             late: false,
+            removed: false,
             allowance: Allowance::default(),
         };
         let handle = self
@@ -79,8 +99,13 @@ impl Engine {
 
     /// Tenant of an endpoint.
     pub(crate) fn tenant(&self, endpoint: &str) -> Option<String> {
-        let (_, found) = self.endpoints.iter().find(|(_, e)| e.name == endpoint)?;
+        let (_, found) = self.present().find(|(_, e)| e.name == endpoint)?;
         Some(found.tenant_name.clone())
+    }
+
+    /// Endpoints that were not removed.
+    fn present(&self) -> impl Iterator<Item = (Handle, &Endpoint)> {
+        self.endpoints.iter().filter(|(_, e)| !e.removed)
     }
 
     /// Removes an endpoint and ends its sessions.
@@ -88,9 +113,20 @@ impl Engine {
         for session in self.sessions.of(endpoint) {
             self.end_session(session, EndReason::EndpointRemoved);
         }
-        self.forget_cm(endpoint);
-        if let Some(e) = self.endpoints.remove(endpoint) {
+        if let Some(e) = self.endpoints.get_mut(endpoint) {
+            e.removed = true;
             self.by_gid.remove(&(e.tenant, e.gid));
+        }
+        self.forget(endpoint);
+    }
+
+    /// Removes an endpoint from the table, if it is to go and nothing of its sessions is left.
+    fn forget(&mut self, endpoint: Handle) {
+        if self.endpoints.get(endpoint).is_some_and(|e| e.removed)
+            && self.sessions.some_of(endpoint, 1).is_empty()
+        {
+            self.forget_cm(endpoint);
+            self.endpoints.remove(endpoint);
         }
     }
 
@@ -102,6 +138,9 @@ impl Engine {
         peer: Peer,
         socket: Arc<OwnedFd>,
     ) -> Result<(Handle, Welcome, Vec<Arc<OwnedFd>>), Errno> {
+        if self.endpoints.get(endpoint).is_none_or(|e| e.removed) {
+            return Err(Errno::NODEV);
+        }
         let mut slabs = Areas::slabs();
         self.check_held(endpoint, Held::session(&slabs))?;
         let len = bytes_of_words(DirtyMap::WORDS);
@@ -132,6 +171,8 @@ impl Engine {
             hot: false,
             last_active: 0,
             ending: None,
+            ended: false,
+            overruns: None,
         };
         let handle = self.sessions.insert(session).ok_or(Errno::NOMEM)?;
         match self.introduce(handle) {
@@ -159,9 +200,10 @@ impl Engine {
         Ok((welcome, fds))
     }
 
-    /// Ends a session: all its objects go, and its peers find that nobody answers.
+    /// Ends a session: from now on nothing of it does anything, and its peers find that nobody
+    /// answers. All its objects go; of many, most go bit by bit with later rounds.
     pub(crate) fn end_session(&mut self, session: Handle, reason: EndReason) {
-        let Some(s) = self.sessions.get(session) else {
+        let Some(s) = self.sessions.get(session).filter(|s| !s.ended) else {
             return;
         };
         let reason = s.ending.clone().unwrap_or(reason);
@@ -183,23 +225,61 @@ impl Engine {
         let _ = rustix::net::shutdown(&*s.socket, rustix::net::Shutdown::Both);
         // The library still reads its rings: what was completed, and what is to be flushed. They go
         // as a whole, when it lets go of them, and are not emptied one by one.
-        let memory = self.sessions.get_mut(session).map(|s| {
-            let (slabs, segments) = (Areas::slabs(), Areas::segments());
-            let slabs = std::mem::replace(&mut s.slabs, slabs);
-            (slabs, std::mem::replace(&mut s.segments, segments))
+        let Some(s) = self.sessions.get_mut(session) else {
+            return;
+        };
+        s.ended = true;
+        let slabs = std::mem::replace(&mut s.slabs, Areas::slabs());
+        let segments = std::mem::replace(&mut s.segments, Areas::segments());
+        self.leaving.push_back(Leaving {
+            session,
+            slabs,
+            segments,
         });
         // Peers hear of it before their queue pairs find out.
         self.remove_cm_of(session);
-        for context in self.contexts.of(session) {
-            while !self.remove_context(context, usize::MAX) {}
+        self.see_off(session, STEPS_AT_ONCE);
+    }
+
+    /// Removes some more of what sessions that have ended had; false if nothing is left.
+    pub(crate) fn see_some_off(&mut self) -> bool {
+        let Some(first) = self.leaving.front() else {
+            return false;
+        };
+        self.see_off(first.session, STEPS_PER_ROUND);
+        // Many that leave do so in turn.
+        if !self.leaving.is_empty() {
+            self.leaving.rotate_left(1);
         }
-        if let Some(mut s) = self.sessions.remove(session) {
-            if let Some((slabs, segments)) = memory {
-                (s.slabs, s.segments) = (slabs, segments);
+        true
+    }
+
+    /// Removes some more of what a session had, and then the session. What it has against its
+    /// quota, and holds of the router, counts until then.
+    fn see_off(&mut self, session: Handle, steps: usize) {
+        for _ in 0..steps {
+            if let Some(&context) = self.contexts.some_of(session, 1).first() {
+                self.remove_context(context, REMOVED_AT_ONCE);
+                continue;
             }
-            self.settle(&s);
-            self.dead.push(s);
+            let at = self.leaving.iter().position(|l| l.session == session);
+            let left = at.and_then(|at| self.leaving.remove(at));
+            if let Some(mut s) = self.sessions.remove(session) {
+                if let Some(left) = left {
+                    (s.slabs, s.segments) = (left.slabs, left.segments);
+                }
+                self.settle(&s);
+                self.forget(s.endpoint);
+                self.dead.push(s);
+            }
+            return;
         }
+    }
+
+    /// Whether a session has ended and is being removed.
+    pub(crate) fn has_ended(&self, session: Handle) -> bool {
+        // Hardly ever does any.
+        !self.leaving.is_empty() && self.sessions.get(session).is_some_and(|s| s.ended)
     }
 
     /// Sessions that have ended. To drop one unmaps and frees its memory, which takes its time:
@@ -215,59 +295,60 @@ impl Engine {
         }
     }
 
-    /// What `freeflow status` shows of the endpoints.
-    pub(crate) fn status(&self) -> Vec<freeflow_api::EndpointStatus> {
-        let mut all: Vec<_> = self
-            .endpoints
-            .iter()
-            .map(|(handle, e)| freeflow_api::EndpointStatus {
+    /// What `freeflow status` shows of the endpoints, and the handles of their sessions in the same
+    /// order: the sessions' paths are still to be filled in, see [`Self::count_paths`].
+    pub(crate) fn status(&self) -> Vec<(freeflow_api::EndpointStatus, Vec<Handle>)> {
+        let one = |(handle, e): (Handle, &Endpoint)| {
+            let mut sessions = self.sessions.of(handle);
+            sessions.retain(|&session| !self.has_ended(session));
+            let status = freeflow_api::EndpointStatus {
                 name: e.name.clone(),
                 tenant: e.tenant_name.clone(),
                 ip: e.ip.0,
                 gid: e.gid.to_string(),
                 underlay_gid: e.underlay_gid().map(|gid| gid.to_string()),
                 socket: e.socket.clone(),
-                sessions: self
-                    .sessions
-                    .of(handle)
-                    .into_iter()
-                    .filter_map(|session| {
-                        let paths = self.paths(session);
+                sessions: sessions
+                    .iter()
+                    .filter_map(|&session| {
                         let listeners = self.cm_listeners(session);
-                        Some(self.sessions.get(session)?.status(paths, listeners))
+                        Some(self.sessions.get(session)?.status(listeners))
                     })
                     .collect(),
                 counters: e.counters.clone(),
                 quota: e.quota_status(),
-            })
-            .collect();
-        all.sort_by(|a, b| a.name.cmp(&b.name));
+            };
+            (status, sessions)
+        };
+        let mut all: Vec<_> = self.present().map(one).collect();
+        all.sort_by(|a, b| a.0.name.cmp(&b.0.name));
         all
     }
 
-    /// How a session's connected queue pairs reach their peers.
-    fn paths(&self, session: Handle) -> Vec<freeflow_api::PathStatus> {
-        let slots = self.sessions.get(session).map(|s| s.slots.iter());
-        let mut by_host = BTreeMap::<Option<IpAddr>, u32>::new();
-        for slot in slots.into_iter().flatten().flatten() {
+    /// Counts how a session's connected queue pairs reach their peers, at most so many slots from
+    /// the one given; the slot to go on with, if there are more.
+    pub(crate) fn count_paths(
+        &self,
+        session: Handle,
+        from: usize,
+        paths: &mut BTreeMap<Option<IpAddr>, u32>,
+    ) -> Option<usize> {
+        let end = from + SLOTS_AT_ONCE;
+        let slots = &self.sessions.get(session)?.slots;
+        for slot in slots.get(from..end.min(slots.len()))?.iter().flatten() {
             let &Slot::Qp(qp) = slot else { continue };
             let Some(q) = self.qps.get(qp) else { continue };
             if q.qp_type.is_connected() && q.transport.may_receive() {
                 let host = q.remote.as_ref().map(|remote| remote.host());
-                *by_host.entry(host).or_default() += 1;
+                *paths.entry(host).or_default() += 1;
             }
         }
-        let path = |(host, qps)| freeflow_api::PathStatus { host, qps };
-        by_host.into_iter().map(path).collect()
+        (end < slots.len()).then_some(end)
     }
 }
 
 impl Session {
-    fn status(
-        &self,
-        paths: Vec<freeflow_api::PathStatus>,
-        cm_listeners: u32,
-    ) -> freeflow_api::SessionStatus {
+    fn status(&self, cm_listeners: u32) -> freeflow_api::SessionStatus {
         let (posted, posted_bytes) = self.posted.as_ref().map_or((0, 0), Posted::weight);
         freeflow_api::SessionStatus {
             pid: self.peer.pid,
@@ -276,7 +357,7 @@ impl Session {
             pds: self.counts.pds,
             cqs: self.counts.cqs,
             qps: self.counts.qps,
-            paths,
+            paths: Vec::new(),
             srqs: self.counts.srqs,
             cm_ids: self.counts.cm_ids,
             cm_listeners,

@@ -55,6 +55,8 @@ pub(crate) struct Endpoint {
     pub(crate) allowance: Allowance,
     /// Its memory came late: what cannot be shared is not used any more.
     pub(crate) late: bool,
+    /// It is there for what is left of its sessions alone.
+    pub(crate) removed: bool,
 }
 
 impl Endpoint {
@@ -141,6 +143,19 @@ pub(crate) struct Session {
     pub(crate) hot: bool,
     pub(crate) last_active: u64,
     pub(crate) ending: Option<EndReason>,
+    /// It has ended, and what it had is being removed: nothing of it works any more.
+    pub(crate) ended: bool,
+    /// While queue pairs of completion queues that overran are looked for.
+    pub(crate) overruns: Option<Overruns>,
+}
+
+/// How far a session's queue pairs have been looked at.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Overruns {
+    /// The next slot.
+    pub(crate) next: usize,
+    /// Another completion queue overran meanwhile: once more from the beginning.
+    pub(crate) again: bool,
 }
 
 /// What a slot of the dirty map stands for.

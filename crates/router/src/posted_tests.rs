@@ -321,7 +321,7 @@ fn the_status_tells_what_the_library_counts_within_what_it_has() {
     let mut host = Host::new(DeviceLimits::default());
     let told = |host: &Host| {
         let status = host.engine.status();
-        let session = &status[0].sessions[0];
+        let session = &status[0].0.sessions[0];
         (session.mrs, session.registered_bytes)
     };
     let entry = whole(&host, rights());
@@ -445,7 +445,7 @@ fn a_session_that_ends_takes_its_table_with_it() {
     host.session = host.another_session();
     host.engine.end_session(first, crate::EndReason::Closed);
     host.engine.take_dead();
-    assert_eq!(host.engine.status()[0].sessions.len(), 1);
+    assert_eq!(host.engine.status()[0].0.sessions.len(), 1);
     assert!(host.engine.pds.iter().next().is_none());
 }
 

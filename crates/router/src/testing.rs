@@ -148,6 +148,7 @@ impl Host {
     /// Ends a session as the end of its connection does.
     pub fn close(&mut self, session: Handle) {
         self.engine.end_session(session, EndReason::Closed);
+        while self.engine.see_some_off() {}
         self.engine.take_dead();
     }
 

@@ -26,7 +26,8 @@ impl Engine {
             self.network.drops.unknown_qp += u64::from(!late);
             return;
         };
-        let Some(q) = self.qps.get_mut(qp) else {
+        let ended = self.qps.get(qp).is_none_or(|q| self.has_ended(q.session));
+        let Some(q) = self.qps.get_mut(qp).filter(|_| !ended) else {
             return;
         };
         // Only the host that the peer's address belongs to speaks for it.
