@@ -40,6 +40,8 @@ mod quota;
 mod receive;
 mod regions;
 mod remote;
+#[cfg(test)]
+mod rollback_tests;
 mod sandbox;
 mod serve;
 mod server;
