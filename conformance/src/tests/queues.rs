@@ -2,13 +2,14 @@
 
 use freeflow_abi::*;
 
-use crate::suite::{End, Env, LONG, Op, Outcome, Pair, QUIET, Side, Spec, check, fail, same, skip, tests};
+use crate::suite::{End, Env, LONG, Op, Outcome, Pair, QUIET, Side, Spec, check, fail, same, skip, status_name, tests};
 use crate::verbs::{Cq, CqEx, name_of, verb};
 
 tests! { "queues";
     size_is_at_least_what_was_asked OneProcess "ibv_create_cq(3): cqe";
     sizes_out_of_range OneProcess "ibv_create_cq(3): EINVAL";
     overrun OneProcess "ibv_get_async_event(3): IBV_EVENT_CQ_ERR, once, never silent";
+    overrun_of_a_receiver Anywhere "IBTA 11.6.3.4: its queue pairs fail, and their peers get no answer";
     full_is_no_overrun Anywhere "ibv_create_cq(3): cqe completions fit";
     resize_keeps_completions OneProcess "ibv_resize_cq(3)";
     resize_below_what_is_there OneProcess "ibv_resize_cq(3): outstanding completions are never lost";
@@ -61,6 +62,40 @@ fn overrun(env: &Env) -> Outcome {
     while let Some(event) = pair.near.ctx.event(QUIET) {
         check!(event.kind != IBV_EVENT_CQ_ERR, "a second IBV_EVENT_CQ_ERR");
     }
+    Ok(())
+}
+
+/// A consumer that is too slow: its queue is unusable, and its peers find that nobody answers.
+fn overrun_of_a_receiver(env: &Env) -> Outcome {
+    let spec = Spec { cqe: 8, recv_wr: 512, timeout: 12, retry: 2, ..Spec::rc() };
+    let mut pair = Pair::new(env, &spec)?;
+    // Both ends have queues of the same size.
+    let room = u64::from(pair.near.send_cq.cqe());
+    let n = room + 64;
+    check!(n <= 500, "a queue of {room} entries was granted for 8");
+    for i in 0..n {
+        pair.far_recv(i, 0, 64)?;
+    }
+    let mut sent = 0;
+    let failed = loop {
+        check!(sent < n, "{n} messages came to a queue of {room}");
+        pair.near.send(&[pair.request(Op::SEND, sent, 0, 8)])?;
+        let wc = pair.near.one(Side::Send)?;
+        same!(wc.wr_id, sent, "completion");
+        if wc.status != IBV_WC_SUCCESS {
+            break wc;
+        }
+        sent += 1;
+    };
+    check!(sent >= room, "{sent} messages were received by a queue of {room}");
+    same!(status_name(failed.status), status_name(IBV_WC_RETRY_EXC_ERR), "after {sent} messages");
+    same!(pair.near.state()?, IBV_QPS_ERR, "the sender's state");
+    same!(pair.far.event(LONG)?, Some(IBV_EVENT_CQ_ERR), "the receiver's event");
+    pair.far.until_state(IBV_QPS_ERR)?;
+    // What was in the queue is still there.
+    let got = pair.far.wait(Side::Recv, room as usize)?;
+    let ids: Vec<_> = got.iter().map(|wc| wc.wr_id).collect();
+    check!(ids.iter().copied().eq(0..room), "receives {ids:?}");
     Ok(())
 }
 
