@@ -9,6 +9,7 @@
 mod cable;
 mod cast;
 mod ids;
+mod links;
 mod manager;
 mod messages;
 mod packets;
@@ -17,6 +18,7 @@ mod verbs;
 mod wire;
 mod work;
 
+pub use links::links;
 pub use manager::manager;
 pub use messages::messages;
 pub use packets::packets;
@@ -29,7 +31,8 @@ pub use work::work;
 pub type Body = fn(&[u8]);
 
 /// All bodies, by the names of their targets.
-pub const BODIES: [(&str, Body); 7] = [
+pub const BODIES: [(&str, Body); 8] = [
+    ("links", links),
     ("messages", messages),
     ("manager", manager),
     ("verbs", verbs),

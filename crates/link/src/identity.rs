@@ -1,0 +1,309 @@
+//! What a router shows to others, and whom it believes.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use rustls::client::danger::ServerCertVerifier;
+use rustls::client::{Resumption, WebPkiServerVerifier, verify_server_name};
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::{
+    CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, DistinguishedName,
+    Error as TlsError, RootCertStore, ServerConfig, ServerConnection, SignatureScheme,
+};
+
+/// A protocol's name in the handshake (RFC 7301), so that no other server takes part by mistake.
+const ALPN: &[u8] = b"freeflow-link";
+
+/// Bytes that TLS keeps for a connection in each direction.
+const BUFFER: usize = 64 << 10;
+
+/// Why a certificate, key and authority are no identity.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    /// A part is not PEM, or the wrong one.
+    #[error("{part} holds no {what} in PEM")]
+    Pem {
+        /// Which of the three.
+        part: &'static str,
+        /// What was looked for.
+        what: &'static str,
+    },
+    /// They do not go together.
+    #[error("the certificate, key and authority cannot be used together: {0}")]
+    Unusable(TlsError),
+    /// The certificate is not one that others believe.
+    #[error("the certificate would not be believed by other hosts: {0}")]
+    NotBelieved(String),
+}
+
+/// A certificate and key, and the authority whose certificates are believed. Clones share it.
+#[derive(Clone)]
+pub struct Identity {
+    provider: Arc<CryptoProvider>,
+    own: Arc<CertifiedKey>,
+    client: Arc<ClientConfig>,
+    clients: Arc<dyn ClientCertVerifier>,
+    servers: Arc<WebPkiServerVerifier>,
+}
+
+impl std::fmt::Debug for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Identity")
+    }
+}
+
+impl Identity {
+    /// Of PEM: the certificate (with those between it and the authority behind it), its key, and the
+    /// authority's certificate.
+    pub fn from_pem(cert: &[u8], key: &[u8], ca: &[u8]) -> Result<Self, IdentityError> {
+        let certificates = |pem: &[u8], part| {
+            let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+            let all = all.ok().filter(|all| !all.is_empty());
+            let what = "certificate";
+            all.ok_or(IdentityError::Pem { part, what })
+        };
+        let chain = certificates(cert, "the certificate's file")?;
+        let key = PrivateKeyDer::from_pem_slice(key).map_err(|_| IdentityError::Pem {
+            part: "the key's file",
+            what: "private key",
+        })?;
+        let mut roots = RootCertStore::empty();
+        for root in certificates(ca, "the authority's file")? {
+            roots.add(root).map_err(IdentityError::Unusable)?;
+        }
+        let (roots, provider) = (
+            Arc::new(roots),
+            Arc::new(rustls::crypto::ring::default_provider()),
+        );
+        let unusable =
+            |e: &dyn std::fmt::Display| IdentityError::Unusable(TlsError::General(e.to_string()));
+        let own = CertifiedKey::from_der(chain, key, &provider).map_err(IdentityError::Unusable)?;
+        let own = Arc::new(own);
+        let clients = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone())
+            .build()
+            .map_err(|e| unusable(&e))?;
+        let servers = WebPkiServerVerifier::builder_with_provider(roots, provider.clone())
+            .build()
+            .map_err(|e| unusable(&e))?;
+        let mut client = ClientConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(IdentityError::Unusable)?
+            .with_webpki_verifier(servers.clone())
+            .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(own.clone())));
+        client.alpn_protocols = vec![ALPN.to_vec()];
+        // Each connection shows its certificate anew.
+        client.resumption = Resumption::disabled();
+        Ok(Identity {
+            provider,
+            own,
+            client: Arc::new(client),
+            clients,
+            servers,
+        })
+    }
+
+    /// Whether other hosts would believe the certificate at a time, if this host is known to them by
+    /// a name.
+    pub fn check(&self, name: &ServerName<'_>, now: SystemTime) -> Result<(), IdentityError> {
+        let now = now
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default();
+        let now = UnixTime::since_unix_epoch(now);
+        let (own, between) = match self.own.cert.split_first() {
+            Some(chain) => chain,
+            None => return Err(IdentityError::NotBelieved("it is empty".to_owned())),
+        };
+        self.servers
+            .verify_server_cert(own, between, name, &[], now)
+            .map(|_| ())
+            .and_then(|()| {
+                self.clients
+                    .verify_client_cert(own, between, now)
+                    .map(|_| ())
+            })
+            .map_err(|e| IdentityError::NotBelieved(explain(&e)))
+    }
+
+    /// The side that connects to a host.
+    pub(crate) fn connect(&self, name: ServerName<'static>) -> Result<ClientConnection, TlsError> {
+        let mut connection = ClientConnection::new(self.client.clone(), name)?;
+        connection.set_buffer_limit(Some(BUFFER));
+        Ok(connection)
+    }
+
+    /// The side that a host connects to.
+    pub(crate) fn accept(&self, name: ServerName<'static>) -> Result<ServerConnection, TlsError> {
+        let mut config = ServerConfig::builder_with_provider(self.provider.clone())
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .with_client_cert_verifier(Arc::new(Named {
+                clients: self.clients.clone(),
+                name,
+            }))
+            .with_cert_resolver(Arc::new(SingleCertAndKey::from(self.own.clone())));
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.send_tls13_tickets = 0;
+        let mut connection = ServerConnection::new(Arc::new(config))?;
+        connection.set_buffer_limit(Some(BUFFER));
+        Ok(connection)
+    }
+}
+
+/// What a host is known by in certificates: its name, if it has one, or else its address.
+pub(crate) fn server_name(name: Option<&str>, address: IpAddr) -> ServerName<'static> {
+    let named = name.and_then(|name| ServerName::try_from(name.to_owned()).ok());
+    named.unwrap_or_else(|| ServerName::IpAddress(address.into()))
+}
+
+/// Believes clients of one name alone.
+#[derive(Debug)]
+struct Named {
+    clients: Arc<dyn ClientCertVerifier>,
+    name: ServerName<'static>,
+}
+
+impl ClientCertVerifier for Named {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.clients.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, TlsError> {
+        let verified = self
+            .clients
+            .verify_client_cert(end_entity, intermediates, now)?;
+        verify_server_name(&ParsedCertificate::try_from(end_entity)?, &self.name)?;
+        Ok(verified)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, TlsError> {
+        self.clients.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, TlsError> {
+        self.clients.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.clients.supported_verify_schemes()
+    }
+}
+
+/// What is wrong, and what to do about it.
+pub(crate) fn explain(error: &TlsError) -> String {
+    use CertificateError as C;
+    let what = match error {
+        TlsError::InvalidCertificate(C::Expired | C::ExpiredContext { .. }) => {
+            "renew it, with `freeflow host cert` or at your authority"
+        }
+        TlsError::InvalidCertificate(C::NotValidYet | C::NotValidYetContext { .. }) => {
+            "are both hosts' clocks right?"
+        }
+        TlsError::InvalidCertificate(C::UnknownIssuer | C::BadSignature) => {
+            "it is of another authority than --tls-ca"
+        }
+        TlsError::InvalidCertificate(C::NotValidForName | C::NotValidForNameContext { .. }) => {
+            "it must be for the host's name or address in the map"
+        }
+        TlsError::AlertReceived(_) => {
+            "the other host refuses this one's certificate or handshake; its log says why"
+        }
+        TlsError::InvalidMessage(_) => "does it run with --insecure, or is it no router?",
+        TlsError::NoCertificatesPresented => "the other host runs without --tls-cert",
+        _ => return error.to_string(),
+    };
+    format!("{error}; {what}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pki::{Authority, Pair, Validity};
+    use std::time::Duration;
+
+    fn authority() -> (Pair, Authority) {
+        let pair = Authority::generate(Validity::days(10)).unwrap();
+        let authority = Authority::load(&pair.cert, &pair.key).unwrap();
+        (pair, authority)
+    }
+
+    fn name(text: &str) -> ServerName<'static> {
+        ServerName::try_from(text.to_owned()).unwrap()
+    }
+
+    #[test]
+    fn a_certificate_is_for_its_names_and_its_time() {
+        let (ca, authority) = authority();
+        let host = authority
+            .issue(&["192.0.2.1", "node1"], Validity::days(5))
+            .unwrap();
+        let identity = Identity::from_pem(
+            host.cert.as_bytes(),
+            host.key.as_bytes(),
+            ca.cert.as_bytes(),
+        );
+        let identity = identity.unwrap();
+        let now = SystemTime::now();
+        for good in ["192.0.2.1", "node1"] {
+            identity.check(&name(good), now).unwrap();
+        }
+        let refused = |text, at, said: &str| {
+            let why = identity.check(&name(text), at).unwrap_err().to_string();
+            assert!(why.contains(said), "{why}");
+        };
+        refused("192.0.2.2", now, "name or address in the map");
+        refused(
+            "192.0.2.1",
+            now + Duration::from_secs(6 * 86_400),
+            "renew it",
+        );
+        refused("192.0.2.1", now - Duration::from_secs(86_400), "clocks");
+        let (other, _) = self::authority();
+        let identity = Identity::from_pem(
+            host.cert.as_bytes(),
+            host.key.as_bytes(),
+            other.cert.as_bytes(),
+        );
+        let why = identity.unwrap().check(&name("node1"), now).unwrap_err();
+        assert!(why.to_string().contains("another authority"), "{why}");
+    }
+
+    #[test]
+    fn what_does_not_go_together_is_refused() {
+        let (ca, authority) = authority();
+        let one = authority.issue(&["node1"], Validity::days(5)).unwrap();
+        let two = authority.issue(&["node2"], Validity::days(5)).unwrap();
+        let (ca, cert) = (ca.cert.as_bytes(), one.cert.as_bytes());
+        let made = |cert, key, ca| Identity::from_pem(cert, key, ca).map(drop);
+        made(cert, one.key.as_bytes(), ca).unwrap();
+        made(cert, two.key.as_bytes(), ca).unwrap_err();
+        for (cert, key, ca, said) in [
+            (&b""[..], one.key.as_bytes(), ca, "certificate's file"),
+            (cert, cert, ca, "key's file"),
+            (cert, one.key.as_bytes(), &b"junk"[..], "authority's file"),
+        ] {
+            let why = made(cert, key, ca).unwrap_err().to_string();
+            assert!(why.contains(said), "{why}");
+        }
+        assert!(authority.issue(&["no name"], Validity::days(1)).is_err());
+    }
+}

@@ -1,0 +1,116 @@
+//! Certificates for those who have no authority of their own: one authority, and a certificate and
+//! key for each host.
+
+use std::net::IpAddr;
+use std::time::{Duration, SystemTime};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyPair, KeyUsagePurpose, SanType,
+};
+
+/// A certificate and its private key, in PEM.
+pub struct Pair {
+    /// The certificate.
+    pub cert: String,
+    /// The private key (PKCS #8).
+    pub key: String,
+}
+
+/// From when to when a certificate is good.
+#[derive(Clone, Copy, Debug)]
+pub struct Validity {
+    /// First moment.
+    pub from: SystemTime,
+    /// Last moment.
+    pub to: SystemTime,
+}
+
+impl Validity {
+    /// From now on, for so many days; other hosts' clocks may be an hour behind.
+    pub fn days(days: u32) -> Self {
+        let now = SystemTime::now();
+        Validity {
+            from: now - Duration::from_secs(3600),
+            to: now + Duration::from_secs(86_400) * days,
+        }
+    }
+}
+
+/// Why there is no certificate.
+#[derive(Debug, thiserror::Error)]
+pub enum PkiError {
+    /// Not a name for a host.
+    #[error("\"{0}\" is neither an IP address nor a DNS name")]
+    Name(String),
+    /// The authority's files are none.
+    #[error("the authority's certificate or key cannot be used: {0}")]
+    Authority(rcgen::Error),
+    /// Something failed.
+    #[error("cannot make a certificate: {0}")]
+    Make(#[from] rcgen::Error),
+}
+
+/// An authority that signs hosts' certificates.
+pub struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Authority {
+    /// Makes one.
+    pub fn generate(validity: Validity) -> Result<Pair, PkiError> {
+        let mut params = params("FreeFlow hosts", validity);
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let key = KeyPair::generate()?;
+        let cert = params.self_signed(&key)?;
+        Ok(Pair {
+            cert: cert.pem(),
+            key: key.serialize_pem(),
+        })
+    }
+
+    /// One that was made before, of its certificate and key in PEM.
+    pub fn load(cert: &str, key: &str) -> Result<Self, PkiError> {
+        let key = KeyPair::from_pem(key).map_err(PkiError::Authority)?;
+        let issuer = Issuer::from_ca_cert_pem(cert, key).map_err(PkiError::Authority)?;
+        Ok(Authority { issuer })
+    }
+
+    /// A certificate for a host, whose names are addresses in the network between hosts or DNS
+    /// names.
+    pub fn issue(&self, names: &[&str], validity: Validity) -> Result<Pair, PkiError> {
+        let mut params = params(names.first().copied().unwrap_or_default(), validity);
+        for &name in names {
+            params.subject_alt_names.push(match name.parse::<IpAddr>() {
+                Ok(ip) => SanType::IpAddress(ip),
+                Err(_) => {
+                    let refused = |_| PkiError::Name(name.to_owned());
+                    rustls::pki_types::DnsName::try_from(name).map_err(|_| refused(()))?;
+                    SanType::DnsName(name.try_into().map_err(|_| refused(()))?)
+                }
+            });
+        }
+        params.use_authority_key_identifier_extension = true;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ];
+        let key = KeyPair::generate()?;
+        let cert = params.signed_by(&key, &self.issuer)?;
+        Ok(Pair {
+            cert: cert.pem(),
+            key: key.serialize_pem(),
+        })
+    }
+}
+
+fn params(name: &str, validity: Validity) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.not_before = validity.from.into();
+    params.not_after = validity.to.into();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, name);
+    params
+}
