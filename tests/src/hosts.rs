@@ -1,5 +1,6 @@
 //! Two hosts with a link between them: each is a network namespace with a router.
 
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -8,7 +9,7 @@ use tempfile::TempDir;
 use crate::bed::{Host, pair};
 
 use crate::{
-    Bed, DEADLINE, Ended, Running, TcpPair, free_port, program, skip, wait_for_listener_with,
+    Bed, DEADLINE, Ended, Running, TcpPair, dist, free_port, program, skip, wait_for_listener_with,
 };
 
 /// By which of their addresses the routers of two hosts reach each other.
@@ -34,7 +35,18 @@ impl Underlay {
 pub struct Hosts {
     beds: [Bed; 2],
     net: TcpPair,
-    _dir: TempDir,
+    dir: TempDir,
+}
+
+/// How hosts know each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trust {
+    /// By certificates of one authority.
+    Certificates,
+    /// By certificates, each of an authority of its own: they do not believe each other.
+    Strangers,
+    /// By their addresses alone.
+    Addresses,
 }
 
 impl Hosts {
@@ -72,6 +84,17 @@ impl Hosts {
     /// As [`Self::with`], with routers that reach each other by these addresses. Programs bootstrap
     /// over IPv4.
     pub fn over(underlay: Underlay, mtu: u32, router: &[&str]) -> Result<Hosts> {
+        let hosts = Self::start_routers(underlay, mtu, Trust::Certificates, router)?;
+        hosts.wait_for_links()?;
+        Ok(hosts)
+    }
+
+    /// As [`Self::with`], but the hosts may not know each other, or not yet.
+    pub fn apart(mtu: u32, trust: Trust, router: &[&str]) -> Result<Hosts> {
+        Self::start_routers(Underlay::V4, mtu, trust, router)
+    }
+
+    fn start_routers(underlay: Underlay, mtu: u32, trust: Trust, router: &[&str]) -> Result<Hosts> {
         let net = TcpPair::new(mtu)?;
         let addresses = underlay.addresses();
         if underlay == Underlay::V6 {
@@ -95,8 +118,19 @@ impl Hosts {
         std::fs::write(&map, lines)?;
         let map = map.to_str().context("a path that is no text")?;
         let bed = |n: usize| {
-            let own = ["--underlay", addresses[n], "--hosts", map];
-            let args = own.iter().chain(router);
+            let address = addresses[n];
+            let own = ["--underlay", address, "--hosts", map];
+            let authority = match trust {
+                Trust::Certificates => Some(dir.path().join("ca")),
+                Trust::Strangers => Some(dir.path().join(format!("ca{n}"))),
+                Trust::Addresses => None,
+            };
+            let known = match authority {
+                Some(ca) => certify(&ca, address)?,
+                None => vec!["--insecure".to_owned()],
+            };
+            let known: Vec<_> = known.iter().map(String::as_str).collect();
+            let args = own.iter().chain(&known).chain(router);
             let host = Host {
                 place: net.place(n),
                 router: args.map(|&arg| arg.to_owned()).collect(),
@@ -107,8 +141,29 @@ impl Hosts {
         Ok(Hosts {
             beds: [bed(0)?, bed(1)?],
             net,
-            _dir: dir,
+            dir,
         })
+    }
+
+    /// Waits until the routers know each other.
+    pub fn wait_for_links(&self) -> Result<()> {
+        for bed in &self.beds {
+            bed.wait_for_status(
+                |status| status["fabric"]["links"][0]["up"] == true,
+                DEADLINE,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// The link of a host's router to the other one, as its status has it.
+    pub fn link(&self, host: usize) -> Result<serde_json::Value> {
+        Ok(self.beds[host].status()?["fabric"]["links"][0].clone())
+    }
+
+    /// The hosts' own files: the map, and of each authority a directory.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
     }
 
     /// A host's router.
@@ -189,6 +244,30 @@ impl Hosts {
         all.push(Self::ADDRESSES[0]);
         Ok((server, self.beds[1].endpoint().start(program, &all)?))
     }
+}
+
+/// Makes a certificate for a host, and first its authority if that is not there yet: the router's
+/// arguments.
+fn certify(ca: &Path, address: &str) -> Result<Vec<String>> {
+    let command = |args: &[&str]| {
+        let mut command = Command::new(dist().join("bin/freeflow"));
+        command.arg("host").args(args);
+        Running::start(&mut command)?.wait(DEADLINE)?.success()
+    };
+    let dir = ca.to_str().context("a path that is no text")?;
+    if !ca.exists() {
+        command(&["ca", dir])?;
+    }
+    command(&["cert", address, "--ca", dir])?;
+    let file = |name: &str| format!("{dir}/{name}");
+    Ok(vec![
+        "--tls-ca".to_owned(),
+        file("ca.pem"),
+        "--tls-cert".to_owned(),
+        file(&format!("{address}.pem")),
+        "--tls-key".to_owned(),
+        file(&format!("{address}.key")),
+    ])
 }
 
 /// Second bytes of the addresses of the hosts' endpoints.

@@ -21,7 +21,7 @@ pub mod rig;
 pub use bed::{Bed, Endpoint, Lasting, dist};
 pub use footprint::Footprint;
 pub use fuse::StuckFile;
-pub use hosts::{Hosts, Underlay};
+pub use hosts::{Hosts, Trust, Underlay};
 pub use machine::{TcpPair, have, is_root, program, skip};
 pub use place::Place;
 pub use port::{free_port, wait_for_listener, wait_for_listener_of, wait_for_listener_with};

@@ -75,18 +75,33 @@ fn a_new_router_does_not_take_the_old_ones_packets() {
     let mut pair = Pair::new(&hosts, &timers).unwrap();
     assert_eq!(pair.pass(64).unwrap(), WcStatus::Success);
     hosts.bed_mut(1).restart().unwrap();
+    hosts.wait_for_links().unwrap();
     // Another program of the same endpoint, connected to the same queue pair.
     let lasting = endpoint(&hosts, 1);
     let mut other = Rig::new(&lasting.socket, PAGES).unwrap();
     let mut qp = other.qp(QpType::Rc, CAP).unwrap();
     other
-        .connect(&qp, pair.near.0.gid(), pair.near.1.qpn())
+        .connect_with(&qp, pair.near.0.gid(), pair.near.1.qpn(), &timers)
         .unwrap();
     let into = other.sge(0, 64);
     other.recv(&mut qp, 1, &[into]).unwrap();
+    let (victim, old) = &mut pair.near;
+    let into = victim.sge(0, 64);
+    victim.recv(old, 7, &[into]).unwrap();
+    let from = other.sge(0, 64);
+    other.send(&mut qp, &send(8), &[from]).unwrap();
+    // Neither hears the other.
     assert_eq!(pair.send(64).unwrap(), WcStatus::RetryExcErr);
-    assert_ne!(drops(&hosts, 1)["unknown_qp"], 0);
-    assert!(other.cq.poll().unwrap().is_none());
+    let done = other.completion(DEADLINE).unwrap();
+    let status = WcStatus::from_raw(done.status.into());
+    assert_eq!((done.wr_id, status), (8, Some(WcStatus::RetryExcErr)));
+    assert_ne!(drops(&hosts, 0)["old_incarnation"], 0);
+    let done = pair.near.0.completion(DEADLINE).unwrap();
+    let status = WcStatus::from_raw(done.status.into());
+    assert_eq!((done.wr_id, status), (7, Some(WcStatus::WrFlushErr)));
+    let done = other.completion(DEADLINE).unwrap();
+    let status = WcStatus::from_raw(done.status.into());
+    assert_eq!((done.wr_id, status), (1, Some(WcStatus::WrFlushErr)));
     let mut again = Pair::new(&hosts, &Patience::default()).unwrap();
     assert_eq!(again.pass(PAGES as u32).unwrap(), WcStatus::Success);
 }

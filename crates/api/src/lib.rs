@@ -16,6 +16,6 @@ pub use control::{
 pub use freeflow_policy::{Quota, Resource, Setting};
 pub use runtime::RuntimeDir;
 pub use status::{
-    Counters, EndedSession, EndpointStatus, FabricStatus, PathStatus, QuotaStatus, RouterStatus,
-    SessionStatus,
+    Counters, EndedSession, EndpointStatus, FabricStatus, LinkStatus, PathStatus, QuotaStatus,
+    RouterStatus, SessionStatus,
 };

@@ -129,6 +129,16 @@ pub struct FabricStatus {
     pub mtu: u32,
     /// The other hosts.
     pub hosts: Vec<IpAddr>,
+    /// Whether other hosts' routers must prove who they are.
+    #[serde(default)]
+    pub authenticated: bool,
+    /// This router's incarnation, new at each start, in hexadecimal digits; none if it knows no
+    /// others.
+    #[serde(default)]
+    pub incarnation: Option<String>,
+    /// The links to other hosts' routers.
+    #[serde(default)]
+    pub links: Vec<LinkStatus>,
     /// Packets sent.
     pub sent_packets: u64,
     /// Their bytes, without IP and UDP headers.
@@ -143,6 +153,29 @@ pub struct FabricStatus {
     pub blocked: u64,
     /// Packets dropped, by reason.
     pub drops: BTreeMap<String, u64>,
+}
+
+/// The link to another host's router.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkStatus {
+    /// The host's address.
+    pub host: IpAddr,
+    /// The name in its certificate, if that is not its address.
+    pub name: Option<String>,
+    /// Whether the link is up.
+    pub up: bool,
+    /// For how long it is, or is not, in milliseconds.
+    pub since_ms: u64,
+    /// Why it is down, and what to do.
+    pub reason: Option<String>,
+    /// The incarnation of the host's router that was linked last, in hexadecimal digits.
+    pub incarnation: Option<String>,
+    /// Version of the protocol between the two routers.
+    pub version: Option<u16>,
+    /// Payload of the longest packet between the two, in bytes.
+    pub segment: Option<u32>,
+    /// Whether single packets are sent again.
+    pub selective: Option<bool>,
 }
 
 /// What an endpoint has done since it was created.

@@ -1,13 +1,16 @@
 //! `freeflow doctor`: what this machine allows.
 
-use std::path::Path;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::Result;
+use clap::Args;
 use freeflow_convert::UffdMode;
 use rustix::thread::UnshareFlags;
 
-use crate::{Output, enter, inject, namespaces, sysfs};
+use crate::hosts::{TlsArgs, read_hosts};
+use crate::{Output, OutputArgs, enter, inject, namespaces, sysfs};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Verdict {
@@ -30,9 +33,23 @@ fn finding(what: &'static str, verdict: Verdict, detail: impl Into<String>) -> F
     }
 }
 
+#[derive(Args)]
+pub(crate) struct DoctorArgs {
+    /// This host's address in the network between hosts, to look whether the certificate is for it
+    #[arg(long, value_name = "ADDRESS", requires = "tls_cert")]
+    underlay: Option<IpAddr>,
+    /// The map of hosts, if it has names for them
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    hosts: Option<PathBuf>,
+    #[command(flatten)]
+    tls: TlsArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
 /// Looks at everything that FreeFlow depends on.
-pub(crate) fn doctor(output: Output) -> Result<ExitCode> {
-    let findings = [
+pub(crate) fn doctor(args: &DoctorArgs) -> Result<ExitCode> {
+    let mut findings = vec![
         kernel(),
         cores(),
         memfd(),
@@ -46,12 +63,13 @@ pub(crate) fn doctor(output: Output) -> Result<ExitCode> {
         stock_libraries(),
         descriptors(),
     ];
+    findings.extend(certificates(args));
     let name = |v| match v {
         Verdict::Ok => "ok",
         Verdict::Warn => "warn",
         Verdict::Fail => "fail",
     };
-    match output {
+    match args.output.output {
         Output::Json => {
             let list: Vec<_> = findings
                 .iter()
@@ -75,6 +93,26 @@ pub(crate) fn doctor(output: Output) -> Result<ExitCode> {
     } else {
         ExitCode::SUCCESS
     })
+}
+
+/// The files that a router is to be given, if any are named.
+fn certificates(args: &DoctorArgs) -> Option<Finding> {
+    let what = "certificates";
+    let hosts = args.hosts.as_deref().map(read_hosts).transpose();
+    let read = hosts.and_then(|hosts| args.tls.read(args.underlay, &hosts.unwrap_or_default()));
+    match (read.transpose()?, args.underlay) {
+        (Ok(_), Some(underlay)) => {
+            let detail =
+                format!("other hosts that have this authority believe that this is {underlay}");
+            Some(finding(what, Verdict::Ok, detail))
+        }
+        (Ok(_), None) => {
+            let detail =
+                "they go together; --underlay ADDRESS has them looked at as other hosts would";
+            Some(finding(what, Verdict::Warn, detail))
+        }
+        (Err(e), _) => Some(finding(what, Verdict::Fail, format!("{e:#}"))),
+    }
 }
 
 fn read(path: &str) -> Option<String> {

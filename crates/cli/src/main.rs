@@ -3,6 +3,7 @@
 mod client;
 mod doctor;
 mod enter;
+mod hosts;
 mod inject;
 mod namespaces;
 mod router;
@@ -71,7 +72,16 @@ With --underlay and --hosts, endpoints of several hosts reach each other. The fi
 address or network of a tenant, and the host that has it; # begins a remark:
   default  10.77.1.0/24  192.0.2.1
   default  10.77.2.0/24  192.0.2.2
-Every host may have the same file. Lines with the router's own address do nothing.
+Every host may have the same file. Lines with the router's own address do nothing. SIGHUP has the file
+and the certificates read again.
+
+Hosts know each other by certificates of one authority, each for the host's address, or for the name
+that the map has in front of it (node1@192.0.2.1):
+  freeflow host ca
+  freeflow host cert 192.0.2.1
+  freeflow router --underlay 192.0.2.1 --hosts hosts --tls-ca freeflow-ca/ca.pem \\
+      --tls-cert freeflow-ca/192.0.2.1.pem --tls-key freeflow-ca/192.0.2.1.key
+Of two hosts, the one with the lower address connects to TCP port 4792 of the other (--control-port).
 
 A host without FreeFlow (a RoCE network card, the kernel's rxe) is reached by endpoints that have the
 underlay's address as a second GID:
@@ -84,6 +94,15 @@ An endpoint for programs that are started by hand, or in containers, needs a rou
   FREEFLOW_ENDPOINT=SOCKET LD_LIBRARY_PATH=LIB ibv_devinfo
 where LIB is the directory of FreeFlow's libraries (freeflow doctor shows it). In a container, mount
 SOCKET as /run/freeflow/endpoint.sock; then FREEFLOW_ENDPOINT is not needed.";
+
+const HOST_HELP: &str = "\
+One authority for all hosts, on a machine whose keys are safe; then a certificate for each host, by its
+address in the network between hosts:
+  freeflow host ca
+  freeflow host cert 192.0.2.1
+  freeflow host cert 192.0.2.2
+Each host gets ca.pem and its own two files, for freeflow router --tls-ca, --tls-cert and --tls-key.
+Certificates of another authority do as well, if they are good for TLS servers and clients both.";
 
 /// Virtual RDMA devices for unmodified programs.
 #[derive(Parser)]
@@ -120,10 +139,13 @@ enum Command {
     /// Create, list and remove endpoints
     #[command(subcommand, after_help = ENDPOINT_HELP)]
     Endpoint(EndpointCommand),
+    /// Make hosts' certificates, and show the links to other hosts
+    #[command(subcommand, after_help = HOST_HELP)]
+    Host(hosts::HostCommand),
     /// Show the router, its endpoints and their sessions
     Status(OutputArgs),
     /// Say what this machine allows
-    Doctor(OutputArgs),
+    Doctor(doctor::DoctorArgs),
     /// Prepare a program's view of the system and execute it (used by `run`)
     #[command(name = "__enter", hide = true)]
     Enter(enter::EnterArgs),
@@ -148,6 +170,8 @@ struct NetworkArgs {
     /// File that says which host has which endpoints; SIGHUP has it read again
     #[arg(long, value_name = "FILE", requires = "underlay")]
     hosts: Option<PathBuf>,
+    #[command(flatten)]
+    links: hosts::LinkArgs,
 }
 
 #[derive(Args)]
@@ -290,14 +314,14 @@ fn main() -> ExitCode {
             let config = Config {
                 sandbox: !no_sandbox,
                 spin: Duration::from_micros(spin.into()),
-                underlay: network.underlay,
                 ..Config::default()
             };
-            router::router(dir, embedded, config, network.hosts)
+            router::router(dir, embedded, config, network)
         }
         Command::Endpoint(command) => show::endpoint(&dir, &command),
         Command::Status(args) => show::status(&dir, args.output),
-        Command::Doctor(args) => doctor::doctor(args.output),
+        Command::Host(command) => hosts::host(&dir, &command),
+        Command::Doctor(args) => doctor::doctor(&args),
         Command::Enter(args) => enter::enter(&dir, &args),
         Command::Bridge => namespaces::bridge(),
         Command::Probe { what } => doctor::probe(what),

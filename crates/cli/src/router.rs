@@ -1,18 +1,19 @@
 //! `freeflow router`: the daemon.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use freeflow_api::RuntimeDir;
-use freeflow_router::{Admin, Config, Hosts, Router};
+use freeflow_router::{Admin, Config, Router};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use crate::{namespaces, start};
+use crate::hosts::read_hosts;
+use crate::{NetworkArgs, namespaces, start};
 
 /// An embedded router's predecessor is about to end, and gets this time for it.
 const PREDECESSOR: Duration = Duration::from_secs(10);
@@ -22,11 +23,11 @@ pub(crate) fn router(
     dir: RuntimeDir,
     embedded: bool,
     config: Config,
-    hosts: Option<PathBuf>,
+    network: NetworkArgs,
 ) -> Result<ExitCode> {
     raise_descriptor_limit();
     let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM]).context("cannot handle signals")?;
-    let served = serve(dir.clone(), embedded, config, hosts.as_deref());
+    let served = serve(dir.clone(), embedded, config, &network);
     if embedded {
         // To the command that started us and that waits for this line, if it still lives.
         let line = match &served {
@@ -41,12 +42,11 @@ pub(crate) fn router(
     let ended = admin.clone();
     std::thread::spawn(move || {
         for signal in signals.forever() {
-            let Some(file) = hosts.as_ref().filter(|_| signal == SIGHUP) else {
+            let Some(file) = network.hosts.as_ref().filter(|_| signal == SIGHUP) else {
                 return ended.stop();
             };
-            match read_hosts(file) {
-                Ok(hosts) => ended.set_hosts(hosts),
-                Err(e) => eprintln!("freeflow: {e:#}; the hosts stay as they were"),
+            if let Err(e) = read_again(&ended, file, &network) {
+                eprintln!("freeflow: {e:#}; hosts and certificates stay as they were");
             }
         }
     });
@@ -55,21 +55,31 @@ pub(crate) fn router(
     Ok(ExitCode::SUCCESS)
 }
 
-fn read_hosts(file: &Path) -> Result<Hosts> {
-    let text = std::fs::read_to_string(file)
-        .with_context(|| format!("cannot read the hosts in {}", file.display()))?;
-    Hosts::parse(&text).with_context(|| format!("{}", file.display()))
+fn read_again(admin: &Admin, file: &Path, network: &NetworkArgs) -> Result<()> {
+    let hosts = read_hosts(file)?;
+    let identity = network.links.tls.read(network.underlay, &hosts)?;
+    admin.set_hosts(hosts);
+    if let Some(identity) = identity {
+        admin.set_identity(identity);
+    }
+    Ok(())
 }
 
 fn serve(
     dir: RuntimeDir,
     embedded: bool,
-    config: Config,
-    hosts: Option<&Path>,
+    mut config: Config,
+    network: &NetworkArgs,
 ) -> Result<Arc<Admin>> {
-    let hosts = hosts.map(read_hosts).transpose()?;
+    config.underlay = network.underlay;
+    let hosts = network.hosts.as_deref().map(read_hosts).transpose()?;
+    if let Some(hosts) = &hosts {
+        config.links = Some(network.links.config(network.underlay, hosts)?);
+    }
     let router = Router::start(config)?;
-    router.set_hosts(hosts.unwrap_or_default());
+    if let Some(hosts) = hosts {
+        router.set_hosts(hosts);
+    }
     let patience = if embedded {
         PREDECESSOR
     } else {

@@ -4,8 +4,8 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use freeflow_api::{
-    ControlAnswer, EndpointStatus, FabricStatus, NewEndpoint, Operation, Quota, QuotaStatus,
-    Resource, RouterStatus, RuntimeDir, SessionStatus,
+    ControlAnswer, EndpointStatus, FabricStatus, LinkStatus, NewEndpoint, Operation, Quota,
+    QuotaStatus, Resource, RouterStatus, RuntimeDir, SessionStatus,
 };
 
 use crate::client::{Client, unexpected};
@@ -106,6 +106,48 @@ fn print_fabric(fabric: &FabricStatus) {
     if !drops.is_empty() {
         println!("dropped packets: {}", drops.join(", "));
     }
+    if let Some(incarnation) = &fabric.incarnation {
+        let known = if fabric.authenticated {
+            "by their certificates"
+        } else {
+            "by their addresses alone (--insecure)"
+        };
+        println!("incarnation {incarnation}; other hosts are known {known}");
+    }
+    if !fabric.links.is_empty() {
+        println!();
+        print_links(&fabric.links);
+        println!();
+    }
+}
+
+/// How other hosts' routers are reached, or why they are not.
+pub(crate) fn print_links(links: &[LinkStatus]) {
+    let mut rows = vec![row(&[
+        "HOST",
+        "LINK",
+        "SINCE",
+        "INCARNATION",
+        "PACKETS",
+        "WHY",
+    ])];
+    for link in links {
+        let host = match &link.name {
+            Some(name) => format!("{name}@{}", link.host),
+            None => link.host.to_string(),
+        };
+        rows.push(row(&[
+            &host,
+            if link.up { "up" } else { "down" },
+            &format!("{} s", link.since_ms / 1000),
+            link.incarnation.as_deref().unwrap_or("-"),
+            &link
+                .segment
+                .map_or_else(|| "-".to_owned(), |n| format!("{n} B")),
+            link.reason.as_deref().unwrap_or(""),
+        ]));
+    }
+    print_table(&rows);
 }
 
 fn row(cells: &[&str]) -> Vec<String> {

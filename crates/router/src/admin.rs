@@ -14,6 +14,7 @@ use freeflow_api::{
     CONTROL_VERSION, ControlAnswer, ControlRequest, MAX_CONTROL_BYTES, NewEndpoint, Operation,
     RuntimeDir,
 };
+use freeflow_link::Identity;
 use freeflow_shm::{recv_packet, send_packet};
 use freeflow_types::VirtualIp;
 use rustix::fs::FlockOperation;
@@ -130,6 +131,11 @@ impl Admin {
     /// As [`Router::set_hosts`].
     pub fn set_hosts(&self, hosts: Hosts) {
         self.router.set_hosts(hosts);
+    }
+
+    /// As [`Router::set_identity`].
+    pub fn set_identity(&self, identity: Identity) {
+        self.router.set_identity(identity);
     }
 
     /// Waits until the router is to end: somebody says so, or it is embedded and its last

@@ -1,6 +1,6 @@
 //! Which host has an endpoint: the map that routers carry traffic by.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use freeflow_types::{Gid, VirtualIp};
@@ -13,7 +13,7 @@ const V4_PREFIX: u8 = 96;
 /// Why a text is no map of hosts.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "line {line}: {what}; each line is TENANT ADDRESS[/BITS] HOST, as in \"default 10.77.2.0/24 192.0.2.2\""
+    "line {line}: {what}; each line is TENANT ADDRESS[/BITS] [NAME@]HOST, as in \"default 10.77.2.0/24 192.0.2.2\""
 )]
 pub struct HostsError {
     line: usize,
@@ -26,7 +26,8 @@ pub struct Hosts {
     tenants: HashMap<String, Tenant>,
     /// Lengths of prefixes that there are.
     lengths: BTreeSet<u8>,
-    routers: BTreeSet<IpAddr>,
+    /// With the names that their certificates are for, if these are not for their addresses.
+    routers: BTreeMap<IpAddr, Option<String>>,
 }
 
 /// Where a tenant's endpoints are.
@@ -38,7 +39,8 @@ struct Tenant {
 
 impl Hosts {
     /// Reads a map: a line for each address or network, with its tenant, and the host's address in
-    /// the network between hosts. `#` begins a remark.
+    /// the network between hosts, in front of which may be the name in its certificate and `@`. `#`
+    /// begins a remark.
     pub fn parse(text: &str) -> Result<Self, HostsError> {
         let mut hosts = Hosts::default();
         for (at, line) in text.lines().enumerate() {
@@ -48,12 +50,19 @@ impl Hosts {
             match fields[..] {
                 [] => {}
                 [tenant, network, host] => {
-                    let host = host
+                    let (name, address) = match host.split_once('@') {
+                        Some((name, address)) => (Some(name), address),
+                        None => (None, host),
+                    };
+                    let address = address
                         .parse()
                         .map_err(|_| error(format!("\"{host}\" is not an address of a host")))?;
                     hosts
-                        .add(tenant, network, host)
+                        .add(tenant, network, address)
                         .ok_or_else(|| error(format!("\"{network}\" is no address or network")))?;
+                    hosts.call(address, name).map_err(|before| {
+                        error(format!("host {address} has another name before, {before}"))
+                    })?;
                 }
                 _ => return Err(error(format!("{} words", fields.len()))),
             }
@@ -77,8 +86,26 @@ impl Hosts {
         let tenant = self.tenants.entry(tenant.to_owned()).or_default();
         tenant.by_prefix.insert((bits, masked(gid, bits)), host);
         tenant.routers.insert(host);
-        self.routers.insert(host);
+        self.routers.entry(host).or_default();
         Some(())
+    }
+
+    /// Gives a host a name, if it has no other.
+    fn call(&mut self, host: IpAddr, name: Option<&str>) -> Result<(), String> {
+        let (Some(name), Some(known)) = (name, self.routers.get_mut(&host)) else {
+            return Ok(());
+        };
+        let known = known.get_or_insert_with(|| name.to_owned());
+        if known == name {
+            Ok(())
+        } else {
+            Err(known.clone())
+        }
+    }
+
+    /// The name in a host's certificate, if that is not its address.
+    pub fn name(&self, host: IpAddr) -> Option<&str> {
+        self.routers.get(&host)?.as_deref()
     }
 
     /// The host that has an endpoint of a tenant.
@@ -96,7 +123,7 @@ impl Hosts {
 
     /// The hosts there are.
     pub(crate) fn routers(&self) -> impl Iterator<Item = IpAddr> {
-        self.routers.iter().copied()
+        self.routers.keys().copied()
     }
 }
 
@@ -142,11 +169,34 @@ mod tests {
     }
 
     #[test]
+    fn hosts_may_have_names() {
+        let text = "
+            a 10.0.1.0/24 node1@192.0.2.1
+            b 10.0.1.0/24 192.0.2.1
+            a 10.0.2.0/24 192.0.2.2
+        ";
+        let hosts = Hosts::parse(text).unwrap();
+        let name = |ip: &str| hosts.name(ip.parse().unwrap());
+        assert_eq!(
+            (name("192.0.2.1"), name("192.0.2.2")),
+            (Some("node1"), None)
+        );
+        let found = hosts.find("a", gid("10.0.1.7"));
+        assert_eq!(found, Some("192.0.2.1".parse().unwrap()));
+    }
+
+    #[test]
     fn what_is_no_map_is_told_with_its_line() {
         for (text, line, said) in [
             ("default 10.0.0.1", 1, "2 words"),
             ("\ndefault 10.0.0.1/33 192.0.2.1", 2, "10.0.0.1/33"),
             ("default 10.0.0.1 host", 1, "\"host\""),
+            ("default 10.0.0.1 host@", 1, "\"host@\""),
+            (
+                "a 10.0.0.1 x@192.0.2.1\nb 10.0.0.1 y@192.0.2.1",
+                2,
+                "another name",
+            ),
             ("default here 192.0.2.1", 1, "\"here\""),
         ] {
             let error = Hosts::parse(text).unwrap_err();

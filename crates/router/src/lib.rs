@@ -27,12 +27,15 @@ mod keys;
 mod lifecycle;
 #[cfg(test)]
 mod lifecycle_tests;
+mod links;
 mod mcast;
 mod memory;
 #[cfg(test)]
 mod memory_tests;
 mod notices;
 mod objects;
+#[cfg(test)]
+mod peers_tests;
 mod posted;
 #[cfg(test)]
 mod posted_tests;
@@ -78,6 +81,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use freeflow_api::{EndpointStatus, PathStatus, RouterStatus, RuntimeDir};
+use freeflow_link::{Identity, LinkError, Links};
 use freeflow_policy::Setting;
 use freeflow_session::Handle;
 use freeflow_types::{DeviceLimits, VirtualIp};
@@ -108,6 +112,8 @@ pub struct Config {
     pub yield_after: u32,
     /// This host's address in the network between hosts, if it takes part.
     pub underlay: Option<IpAddr>,
+    /// How it knows other routers, if it takes part and is to know any.
+    pub links: Option<LinkConfig>,
     /// Whether threads that handle clients' input give up what they do not need of the kernel.
     pub sandbox: bool,
 }
@@ -123,9 +129,20 @@ impl Default for Config {
             network_spin: Duration::from_micros(if cores > 4 { 50 } else { 5 }),
             yield_after: if cores > 4 { 2000 } else { 20 },
             underlay: None,
+            links: None,
             sandbox: true,
         }
     }
+}
+
+/// How a router knows others.
+#[derive(Clone, Debug)]
+pub struct LinkConfig {
+    /// TCP port of all routers' control connections.
+    pub port: u16,
+    /// What it shows others, and whom it believes; without one, whoever speaks from a host's address
+    /// is believed to be that host.
+    pub identity: Option<Identity>,
 }
 
 /// Descriptors that this process may have.
@@ -236,6 +253,9 @@ pub enum RouterError {
         /// The address.
         address: IpAddr,
     },
+    /// No control connections to other routers.
+    #[error(transparent)]
+    Links(#[from] LinkError),
     /// The router's tables are full.
     #[error("the router has no room for another endpoint")]
     TooMany,
@@ -338,6 +358,7 @@ pub struct Router {
     listeners: Listeners,
     endpoints: Mutex<HashMap<String, (Handle, PathBuf)>>,
     underlay: Option<IpAddr>,
+    links: Option<Links>,
     stop: Option<OwnedFd>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -364,6 +385,10 @@ impl Router {
                 .with(|engine| engine.join(fabric))
                 .map_err(|e| io("cannot watch sockets")(e.into()))?;
         }
+        let links = match (config.underlay, config.links) {
+            (Some(local), Some(links)) => Some(links::start(&shared, local, links, confined)?),
+            _ => None,
+        };
         let (stopped, stop) =
             freeflow_shm::event_pair().map_err(|e| io("cannot make a socket")(e.into()))?;
         let (server, listeners) = Server::new(shared.clone(), stopped)
@@ -384,6 +409,7 @@ impl Router {
             listeners,
             endpoints: Mutex::default(),
             underlay: config.underlay,
+            links,
             stop: Some(stop),
             threads,
         })
@@ -427,7 +453,19 @@ impl Router {
     pub fn set_hosts(&self, hosts: Hosts) {
         if let Some(local) = self.underlay {
             let map = Map::new(hosts, local);
+            let peers = links::peers(&map);
             self.shared.with(|engine| engine.network.set_map(map));
+            if let Some(links) = &self.links {
+                links.set_peers(peers);
+            }
+        }
+    }
+
+    /// What the router shows other hosts from now on, if it shows anything at all: they must show
+    /// theirs again.
+    pub fn set_identity(&self, identity: Identity) {
+        if let Some(links) = &self.links {
+            links.set_identity(identity);
         }
     }
 
@@ -495,7 +533,7 @@ impl Router {
 
     /// Everything there is to know.
     pub fn status(&self) -> RouterStatus {
-        let (endpoints, ended_sessions, fabric) = self.shared.with(|e| {
+        let (endpoints, ended_sessions, mut fabric) = self.shared.with(|e| {
             let ended = e.ended.iter().cloned().collect();
             (e.status(), ended, e.network.status())
         });
@@ -506,6 +544,10 @@ impl Router {
             endpoint
         };
         let endpoints = endpoints.into_iter().map(with_paths).collect();
+        if let (Some(fabric), Some(links)) = (&mut fabric, &self.links) {
+            fabric.incarnation = Some(format!("{:016x}", self.shared.incarnation));
+            fabric.links = links.status().into_iter().map(links::status).collect();
+        }
         RouterStatus {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -520,6 +562,7 @@ impl Router {
 
 impl Drop for Router {
     fn drop(&mut self) {
+        self.links = None;
         let names: Vec<_> = self.endpoints().keys().cloned().collect();
         for name in names {
             let _ = self.remove_endpoint(&name);

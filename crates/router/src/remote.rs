@@ -4,6 +4,7 @@
 pub(crate) mod cm;
 mod datagrams;
 mod departed;
+mod peers;
 mod requests;
 mod responses;
 mod stock;
@@ -17,6 +18,7 @@ use freeflow_fabric_udp::{
     Datagrams, Ecn, Fabric, Link, Progress, PushError, To, Udp, UdpOptions, largest_payload,
     path_mtu,
 };
+use freeflow_link::Agreed;
 use freeflow_session::Handle;
 use freeflow_transport::{Connection, MAX_SEGMENT, Requester, RequesterEvent, Responder};
 use freeflow_types::{Gid, Mtu, QpState, QpType};
@@ -28,6 +30,7 @@ use crate::data::Span;
 use crate::engine::Engine;
 use crate::exec::{Request, Step};
 use crate::hosts::Hosts;
+use crate::remote::peers::{Peers, Standing};
 
 /// What the fabric's descriptor is known by in the engine's epoll set.
 pub(crate) const FABRIC: u64 = u64::MAX - 1;
@@ -65,6 +68,11 @@ pub(crate) struct Remote {
     host: IpAddr,
     /// There is a router like this one, not any device.
     is_router: bool,
+    standing: Standing,
+    /// What its router and this one agreed on, if it is bound to one.
+    agreed: Option<Agreed>,
+    /// Whether anything has come from the peer.
+    heard: bool,
     /// The partition that its packets are of.
     pkey: u16,
     flow: u32,
@@ -123,6 +131,10 @@ pub(crate) struct Drops {
     pub(crate) damaged: u64,
     /// The queue pair is not ready to receive, or in error.
     pub(crate) not_receiving: u64,
+    /// The host has not proved that it is one, or the queue pair still waits for its router.
+    pub(crate) no_link: u64,
+    /// The queue pair was connected to an earlier router of the host.
+    pub(crate) old_incarnation: u64,
     /// Nothing that the connection has a use for: late, repeated, or out of its order.
     pub(crate) useless: u64,
     /// A request for what its sender may not have: a key that does not allow it, memory that is not
@@ -139,6 +151,7 @@ pub(crate) struct Drops {
 pub(crate) struct Network {
     fabric: Option<RoceFabric>,
     map: Map,
+    pub(crate) peers: Peers,
     batch: Datagrams,
     /// Whether the sockets are looked at in each round.
     hot: bool,
@@ -200,6 +213,8 @@ impl Network {
             ("unknown_qp", drops.unknown_qp),
             ("wrong_host", drops.wrong_host),
             ("wrong_tenant", drops.wrong_tenant),
+            ("no_link", drops.no_link),
+            ("old_incarnation", drops.old_incarnation),
             ("not_receiving", drops.not_receiving),
             ("useless", drops.useless),
             ("refused", drops.refused),
@@ -219,6 +234,9 @@ impl Network {
             address: fabric.local(),
             mtu: self.map.mtu.bytes(),
             hosts: self.map.segments.keys().copied().collect(),
+            authenticated: self.peers.authenticated,
+            incarnation: None,
+            links: Vec::new(),
             sent_packets: sent.packets,
             sent_bytes: sent.bytes,
             received_packets: received.packets,
@@ -284,6 +302,12 @@ impl Map {
     fn others(&self, tenant: &str) -> impl Iterator<Item = IpAddr> {
         let all = self.hosts.of_tenant(tenant);
         all.filter(|&host| Some(host) != self.local)
+    }
+
+    /// The other hosts, with their names, and the longest payload of a packet to each.
+    pub(crate) fn peers(&self) -> impl Iterator<Item = (IpAddr, Option<&str>, u32)> {
+        let all = self.segments.iter();
+        all.map(|(&host, &segment)| (host, self.hosts.name(host), segment))
     }
 
     /// Whether a packet takes so many bytes to a host.
@@ -356,10 +380,14 @@ impl Engine {
             }
         };
         let Some((host, stock)) = way else { return };
+        let agreed = match &q.remote {
+            Some(remote) => remote.agreed,
+            None => self.network.peers.agreed(host).filter(|_| !stock),
+        };
         let mut connection = Connection::new(qp_type, attr);
-        if !stock && let Some(&segment) = self.network.map.segments.get(&host) {
-            connection.segment = segment;
-            connection.selective = qp_type.is_reliable();
+        if let Some(agreed) = agreed {
+            connection.segment = agreed.segment.min(MAX_SEGMENT);
+            connection.selective = agreed.selective && qp_type.is_reliable();
         }
         let state = attr.state;
         let (flow, next) = (q.qpn.get() ^ attr.dest_qpn, q.send_head);
@@ -367,6 +395,13 @@ impl Engine {
             Box::new(Remote {
                 host,
                 is_router: !stock,
+                standing: if stock || agreed.is_some() {
+                    Standing::Bound
+                } else {
+                    Standing::Waiting { until: None }
+                },
+                agreed,
+                heard: false,
                 pkey: if stock {
                     DEFAULT_PKEY
                 } else {
@@ -384,7 +419,8 @@ impl Engine {
             })
         });
         remote.responder.reconfigure(&connection);
-        if state != QpState::Rts || qp_type == QpType::XrcRecv {
+        let waits = matches!(remote.standing, Standing::Waiting { .. });
+        if state != QpState::Rts || qp_type == QpType::XrcRecv || waits {
             return;
         }
         match &mut remote.requester {
@@ -460,7 +496,9 @@ impl Engine {
             return Step::Nothing;
         };
         let mut step = Step::Nothing;
-        if !self.network.waits_for_room(qp) {
+        if matches!(remote.standing, Standing::Waiting { .. }) {
+            step = self.wait_for_link(qp, &mut remote);
+        } else if !self.network.waits_for_room(qp) {
             let sent = self.answer(qp, &mut remote, &mut fabric);
             step = self.request(qp, &mut remote, &mut fabric).or(sent);
         }

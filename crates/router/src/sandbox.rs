@@ -7,7 +7,10 @@
 
 use std::collections::BTreeMap;
 
-use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetStatus, Scope};
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, NetPort, Ruleset, RulesetAttr, RulesetCreatedAttr,
+    RulesetStatus, Scope,
+};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -23,6 +26,8 @@ pub(crate) enum Job {
     Control,
     /// Copies to and from memory that may come late.
     Copier,
+    /// Talks to other hosts' routers, which have this TCP port.
+    Links { port: u16 },
 }
 
 /// How well a thread is confined.
@@ -104,6 +109,19 @@ const ENGINE: &[libc::c_long] = &[
     libc::SYS_sendmmsg,
 ];
 
+/// Of the thread that talks to other routers: connections.
+const LINKS: &[libc::c_long] = &[
+    libc::SYS_accept4,
+    libc::SYS_bind,
+    libc::SYS_connect,
+    libc::SYS_getpeername,
+    libc::SYS_getsockopt,
+    libc::SYS_ioctl,
+    libc::SYS_readv,
+    libc::SYS_recvfrom,
+    libc::SYS_socket,
+];
+
 /// Allowed unless the memory would be executable.
 const MAPPING: &[libc::c_long] = &[libc::SYS_mmap, libc::SYS_mprotect];
 
@@ -119,21 +137,26 @@ pub(crate) fn confine(job: Job) -> Confinement {
     // Giving capabilities up is always allowed.
     let _ = set_capabilities(None, none);
     Confinement {
-        landlock: no_files().unwrap_or(false),
+        landlock: no_files(job).unwrap_or(false),
         seccomp: few_calls(job).is_ok(),
     }
 }
 
-/// No access to files, to TCP, to abstract sockets, and no signals to others.
-fn no_files() -> Result<bool, landlock::RulesetError> {
+/// No access to files, to abstract sockets, and no signals to others; no TCP, but for connections to
+/// other routers.
+fn no_files(job: Job) -> Result<bool, landlock::RulesetError> {
     const NEWEST: ABI = ABI::V6;
-    let made = Ruleset::default()
-        .handle_access(AccessFs::from_all(NEWEST))?
-        .handle_access(AccessNet::from_all(NEWEST))?
-        .scope(Scope::from_all(NEWEST))?
-        .create()?
-        .restrict_self()?;
-    Ok(made.ruleset != RulesetStatus::NotEnforced)
+    let rules = Ruleset::default().handle_access(AccessFs::from_all(NEWEST))?;
+    let rules = match job {
+        // It binds its end of each to an address, and the port that there is.
+        Job::Links { .. } => rules.handle_access(AccessNet::ConnectTcp)?,
+        _ => rules.handle_access(AccessNet::from_all(NEWEST))?,
+    };
+    let mut made = rules.scope(Scope::from_all(NEWEST))?.create()?;
+    if let Job::Links { port } = job {
+        made = made.add_rule(NetPort::new(port, AccessNet::ConnectTcp))?;
+    }
+    Ok(made.restrict_self()?.ruleset != RulesetStatus::NotEnforced)
 }
 
 fn few_calls(job: Job) -> Result<(), seccompiler::Error> {
@@ -147,6 +170,7 @@ fn filter(job: Job) -> Result<BpfProgram, seccompiler::BackendError> {
         Job::Engine => ENGINE,
         Job::Copier => &[],
         Job::Control => CONTROL,
+        Job::Links { .. } => LINKS,
     };
     for &call in COMMON.iter().chain(more) {
         rules.insert(call, Vec::new());
@@ -164,6 +188,7 @@ fn filter(job: Job) -> Result<BpfProgram, seccompiler::BackendError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use landlock::{CompatLevel, Compatible};
 
     #[test]
     fn a_confined_thread_can_do_little() {
@@ -191,6 +216,31 @@ mod tests {
             freeflow_shm::event_pair().unwrap();
             freeflow_shm::Doorbell::new().unwrap();
             assert!(std::fs::File::open("/proc/self/maps").is_err());
+        });
+        confined.join().unwrap();
+    }
+    #[test]
+    fn a_thread_of_links_connects_to_other_routers_alone() {
+        let listen = || std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let (router, other) = (listen(), listen());
+        let at = |socket: &std::net::TcpListener| socket.local_addr().unwrap();
+        let (router_at, other_at) = (at(&router), at(&other));
+        let port = router_at.port();
+        let confined = std::thread::spawn(move || {
+            let confinement = confine(Job::Links { port });
+            let connect = std::net::TcpStream::connect;
+            connect(router_at).unwrap();
+            router.accept().unwrap();
+            assert!(std::fs::File::open("/proc/self/maps").is_err());
+            if confinement.landlock {
+                // Only kernels from 6.7 on look at ports.
+                let knows = Ruleset::default()
+                    .set_compatibility(CompatLevel::HardRequirement)
+                    .handle_access(AccessNet::ConnectTcp);
+                if knows.is_ok() {
+                    assert!(connect(other_at).is_err());
+                }
+            }
         });
         confined.join().unwrap();
     }

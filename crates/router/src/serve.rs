@@ -47,6 +47,8 @@ pub(crate) struct Shared {
     kick: Doorbell,
     doorbells: Arc<OwnedFd>,
     pub(crate) start: Instant,
+    /// By which other hosts' routers tell this one from one before it, or after it.
+    pub(crate) incarnation: u64,
     yield_after: u32,
     /// Of each thread that is confined.
     confinement: Mutex<Vec<Confinement>>,
@@ -96,6 +98,7 @@ impl Shared {
             kick,
             doorbells,
             start: Instant::now(),
+            incarnation: getrandom::u64().map_err(|_| Errno::AGAIN)?.max(1),
             yield_after: config.yield_after,
         })
     }

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use freeflow_fabric_udp::{Fabric, Link};
+use freeflow_link::Agreed;
 use freeflow_policy::Usage;
 use freeflow_session::{Handle, Reply, Request, Welcome};
 use freeflow_shm::{Mapping, Region, event_pair};
@@ -53,10 +54,21 @@ impl Host {
         })
     }
 
-    /// Joins the network between hosts by a link, with a map of who is where.
+    /// Joins the network between hosts by a link, with a map of who is where; all of them are known
+    /// to each other.
     pub fn join(&mut self, link: Box<dyn Link + Send>, hosts: Hosts) -> Result<(), Errno> {
         let map = Map::new(hosts, link.local());
+        let peers: Vec<_> = map.peers().map(|(host, _, n)| (host, n)).collect();
         self.engine.network.set_map(map);
+        for (host, segment) in peers {
+            let agreed = Agreed {
+                incarnation: 1,
+                version: 1,
+                segment,
+                selective: true,
+            };
+            self.engine.peer_up(host, agreed);
+        }
         self.engine.join(Fabric::new(link))
     }
 

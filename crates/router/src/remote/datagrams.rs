@@ -63,11 +63,9 @@ impl Engine {
         arrival: &Arrival<'_>,
     ) -> Result<bool, Outcome> {
         let head = [&arrival.grh[..], tag].concat();
-        if !self
-            .network
-            .map
-            .carries(host, head.len() + arrival.len as usize)
-        {
+        let network = &self.network;
+        let carried = network.map.carries(host, head.len() + arrival.len as usize);
+        if !carried || !network.peers.believes(host) {
             return Ok(false);
         }
         self.send_datagram(qp, host, to, &head, arrival)
@@ -127,6 +125,10 @@ impl Engine {
         }
         if !self.network.map.segments.contains_key(&packet.src) {
             return self.on_stock_datagram(packet);
+        }
+        if !self.network.peers.believes(packet.src) {
+            self.network.drops.no_link += 1;
+            return;
         }
         let Some((grh, data)) = packet.payload.split_first_chunk::<GRH>() else {
             self.network.drops.no_address += 1;

@@ -50,6 +50,13 @@ impl Departed {
         }
     }
 
+    /// Forgets those whose peers are a host's.
+    pub(super) fn forget_host(&mut self, host: IpAddr) {
+        self.by_qpn.retain(|_, last| last.host != host);
+        let by_qpn = &self.by_qpn;
+        self.due.retain(|(_, qpn)| by_qpn.contains_key(qpn));
+    }
+
     fn forget(&mut self, now: u64) {
         while let Some(&(at, qpn)) = self.due.front()
             && at <= now
@@ -64,7 +71,7 @@ impl Engine {
     /// A queue pair is gone.
     pub(crate) fn depart(&mut self, qpn: u32, reliable: bool, remote: Option<Box<Remote>>) {
         let now = self.now;
-        if let Some(remote) = remote.filter(|_| reliable) {
+        if let Some(remote) = remote.filter(|remote| reliable && remote.may_send()) {
             let Remote {
                 host,
                 flow,
@@ -133,8 +140,19 @@ mod tests {
     #[test]
     fn they_are_remembered_for_a_while_and_not_without_number() {
         let mut departed = Departed::default();
+        let other = IpAddr::from([192, 0, 2, 2]);
         departed.add(1, last(), 0);
         departed.add(2, last(), 1);
+        departed.add(
+            3,
+            Last {
+                host: other,
+                ..last()
+            },
+            1,
+        );
+        departed.forget_host(other);
+        assert!(!departed.by_qpn.contains_key(&3) && departed.due.len() == 2);
         departed.forget(LINGER_NS);
         assert!(!departed.by_qpn.contains_key(&1) && departed.by_qpn.contains_key(&2));
         for qpn in 0..2 * MAX_DEPARTED as u32 {

@@ -105,6 +105,9 @@ impl Engine {
         transmit: &Transmit,
         located: &mut Option<Located>,
     ) -> Option<()> {
+        if !remote.may_send() {
+            return Some(());
+        }
         let (to, headers) = (remote.to(), remote.stamp(&transmit.headers));
         let Some(part) = transmit.payload else {
             return self.push(fabric, &to, &headers, Payload::Bytes(&[])).ok();
@@ -197,7 +200,7 @@ impl Engine {
 
     /// What a request asks of the requester; else what becomes of it here: `Delivered` of a local
     /// operation, which is still to be done.
-    fn post_one(
+    pub(super) fn post_one(
         &mut self,
         qp: Handle,
         remote: &Remote,

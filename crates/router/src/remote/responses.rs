@@ -35,6 +35,10 @@ impl Engine {
             self.network.drops.wrong_host += 1;
             return;
         };
+        if !self.network.hears(&remote) {
+            q.remote = Some(remote);
+            return;
+        }
         // Limited members talk to full ones (IBTA volume 1, 10.9.3).
         if (headers.bth.pkey ^ remote.pkey) & 0x7FFF != 0 {
             q.remote = Some(remote);
@@ -46,6 +50,7 @@ impl Engine {
             self.network.drops.damaged += 1;
             return;
         }
+        remote.heard = true;
         let receives = q.transport.may_receive();
         let marked = packet.ecn == Ecn::Congested;
         if headers.bth.opcode.is_response() {
@@ -316,6 +321,9 @@ impl Engine {
         fabric: &mut RoceFabric,
         reply: &Reply,
     ) -> Option<()> {
+        if !remote.may_send() {
+            return Some(());
+        }
         let (to, headers) = (remote.to(), remote.stamp(&reply.headers));
         let Some(data) = reply.data.filter(|data| data.len != 0) else {
             let none = Payload::Bytes(&[]);

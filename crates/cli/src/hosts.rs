@@ -1,0 +1,209 @@
+//! `freeflow host`: certificates for hosts, and how other hosts' routers are reached; and reading
+//! what `freeflow router` is given of both.
+
+use std::io::Write;
+use std::net::IpAddr;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::SystemTime;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand};
+use freeflow_api::RuntimeDir;
+use freeflow_link::Identity;
+use freeflow_link::pki::{Authority, Validity};
+use freeflow_router::{Hosts, LinkConfig};
+
+use crate::client::Client;
+use crate::{Output, OutputArgs, show};
+
+const CA_CERT: &str = "ca.pem";
+const CA_KEY: &str = "ca.key";
+
+#[derive(Subcommand)]
+pub(crate) enum HostCommand {
+    /// List the other hosts of the router's map, and the links to their routers
+    Ls(OutputArgs),
+    /// Make an authority that signs hosts' certificates: ca.pem, which every host gets, and ca.key,
+    /// which stays where it is
+    Ca {
+        /// Directory of the authority
+        #[arg(value_name = "DIR", default_value = "freeflow-ca")]
+        dir: PathBuf,
+        /// How long it is good
+        #[arg(long, value_name = "DAYS", default_value_t = 3650)]
+        days: u32,
+    },
+    /// Make a host's certificate and key, NAME.pem and NAME.key, or new ones in their place
+    Cert {
+        /// The host's address in the network between hosts, or the name that the map has in front
+        /// of it; several if it has several
+        #[arg(value_name = "NAME", required = true)]
+        names: Vec<String>,
+        /// Directory of the authority
+        #[arg(long, value_name = "DIR", default_value = "freeflow-ca")]
+        ca: PathBuf,
+        /// Directory for the files [default: that of the authority]
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+        /// How long it is good
+        #[arg(long, value_name = "DAYS", default_value_t = 365)]
+        days: u32,
+    },
+}
+
+pub(crate) fn host(dir: &RuntimeDir, command: &HostCommand) -> Result<ExitCode> {
+    match command {
+        HostCommand::Ls(args) => list(dir, args.output)?,
+        HostCommand::Ca { dir, days } => make_authority(dir, *days)?,
+        HostCommand::Cert {
+            names,
+            ca,
+            out,
+            days,
+        } => make_certificate(names, ca, out.as_deref().unwrap_or(ca), *days)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn list(dir: &RuntimeDir, output: Output) -> Result<()> {
+    let fabric = Client::connect(dir)?.status()?.fabric;
+    let links = fabric.map(|fabric| fabric.links).unwrap_or_default();
+    match output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&links)?),
+        Output::Text => show::print_links(&links),
+    }
+    Ok(())
+}
+
+fn make_authority(dir: &Path, days: u32) -> Result<()> {
+    std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    let (cert, key) = (dir.join(CA_CERT), dir.join(CA_KEY));
+    if let Some(there) = [&cert, &key].into_iter().find(|file| file.exists()) {
+        bail!(
+            "{} is there already: the certificates of an authority are worth nothing without it; \
+             choose another directory",
+            there.display()
+        );
+    }
+    let made = Authority::generate(Validity::days(days))?;
+    write(&key, &made.key, 0o600)?;
+    write(&cert, &made.cert, 0o644)?;
+    println!("{} {}", cert.display(), key.display());
+    Ok(())
+}
+
+fn make_certificate(names: &[String], ca: &Path, out: &Path, days: u32) -> Result<()> {
+    let names: Vec<_> = names.iter().map(String::as_str).collect();
+    let first = names.first().copied().unwrap_or_default();
+    let authority = Authority::load(&read(&ca.join(CA_CERT))?, &read(&ca.join(CA_KEY))?)
+        .with_context(|| format!("{}", ca.display()))?;
+    let made = authority.issue(&names, Validity::days(days))?;
+    std::fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
+    let cert = out.join(format!("{first}.pem"));
+    let key = out.join(format!("{first}.key"));
+    write(&key, &made.key, 0o600)?;
+    write(&cert, &made.cert, 0o644)?;
+    println!("{} {}", cert.display(), key.display());
+    Ok(())
+}
+
+fn read(file: &Path) -> Result<String> {
+    let hint = "an authority is made by `freeflow host ca`";
+    std::fs::read_to_string(file)
+        .with_context(|| format!("cannot read {} ({hint})", file.display()))
+}
+
+/// Puts a file in the place of another, which is there until the new one is whole.
+fn write(file: &Path, text: &str, mode: u32) -> Result<()> {
+    let context = || format!("cannot write {}", file.display());
+    let mut name = file.file_name().unwrap_or_default().to_owned();
+    name.push(".new");
+    let new = file.with_file_name(name);
+    // One that an earlier try has left may be readable by others.
+    let _ = std::fs::remove_file(&new);
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create_new(true).mode(mode);
+    let mut opened = options.open(&new).with_context(context)?;
+    opened
+        .write_all(text.as_bytes())
+        .and_then(|()| opened.sync_all())
+        .and_then(|()| std::fs::rename(&new, file))
+        .with_context(context)
+}
+
+/// What a router shows others, and whom it believes.
+#[derive(Args, Clone)]
+pub(crate) struct TlsArgs {
+    /// This host's certificate (PEM), for its address in the network between hosts or its name in
+    /// the map; SIGHUP has it read again
+    #[arg(long, value_name = "FILE", requires_all = ["tls_key", "tls_ca"])]
+    tls_cert: Option<PathBuf>,
+    /// The certificate's private key (PEM)
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Certificate of the authority that other hosts' certificates must be of (PEM)
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_ca: Option<PathBuf>,
+}
+
+impl TlsArgs {
+    /// Reads the files, if they are given, and looks whether other hosts will believe them.
+    pub(crate) fn read(&self, underlay: Option<IpAddr>, hosts: &Hosts) -> Result<Option<Identity>> {
+        let (Some(cert), Some(key), Some(ca)) = (&self.tls_cert, &self.tls_key, &self.tls_ca)
+        else {
+            return Ok(None);
+        };
+        let read = |file: &Path| {
+            std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))
+        };
+        let of = || format!("{}, {}, {}", cert.display(), key.display(), ca.display());
+        let identity =
+            Identity::from_pem(&read(cert)?, &read(key)?, &read(ca)?).with_context(of)?;
+        if let Some(underlay) = underlay {
+            let now = SystemTime::now();
+            identity
+                .check(hosts.name(underlay), underlay, now)
+                .with_context(of)?;
+        }
+        Ok(Some(identity))
+    }
+}
+
+/// How a router knows others.
+#[derive(Args, Clone)]
+pub(crate) struct LinkArgs {
+    /// TCP port of all routers' control connections
+    #[arg(long, value_name = "PORT", default_value_t = freeflow_link::DEFAULT_PORT)]
+    control_port: u16,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
+    /// Believe that whoever sends from a host's address is that host: for networks that nobody else
+    /// is in
+    #[arg(long, conflicts_with = "tls_cert")]
+    insecure: bool,
+}
+
+impl LinkArgs {
+    pub(crate) fn config(&self, underlay: Option<IpAddr>, hosts: &Hosts) -> Result<LinkConfig> {
+        let identity = self.tls.read(underlay, hosts)?;
+        if identity.is_none() && !self.insecure {
+            bail!(
+                "--hosts needs --tls-cert, --tls-key and --tls-ca, by which hosts know each other \
+                 (`freeflow host ca` and `freeflow host cert` make them); or --insecure, if nobody \
+                 else can send in the network between hosts"
+            );
+        }
+        Ok(LinkConfig {
+            port: self.control_port,
+            identity,
+        })
+    }
+}
+
+pub(crate) fn read_hosts(file: &Path) -> Result<Hosts> {
+    let text = std::fs::read_to_string(file)
+        .with_context(|| format!("cannot read the hosts in {}", file.display()))?;
+    Hosts::parse(&text).with_context(|| format!("{}", file.display()))
+}
