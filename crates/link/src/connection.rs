@@ -35,7 +35,10 @@ pub(crate) enum Closed {
 impl std::fmt::Display for Closed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Closed::Connect(e) => write!(f, "cannot connect: {e}"),
+            Closed::Connect(e) => write!(
+                f,
+                "cannot connect: {e}; does a router run there, and is its control port open?"
+            ),
             Closed::End => f.write_str("the other host has closed the connection"),
             Closed::Io(e) => write!(f, "the connection is lost: {e}"),
             Closed::Tls(e) => write!(f, "TLS: {}", explain(e)),
@@ -91,6 +94,8 @@ impl Connection {
         offer: Hello,
         now: u64,
     ) -> Self {
+        // What is said is short, and waits for an answer. Without it, that takes longer.
+        let _ = socket.set_nodelay(true);
         Connection {
             socket,
             tls,
@@ -110,6 +115,17 @@ impl Connection {
     /// Whether to look for room.
     pub(crate) fn waits_for_room(&self) -> bool {
         self.connecting || self.full
+    }
+
+    /// Looks at the time.
+    pub(crate) fn on_time(&mut self, now: u64) -> Result<(), Closed> {
+        self.talk.on_time(now).map_err(|ended| {
+            if self.connecting {
+                Closed::Connect(io::ErrorKind::TimedOut.into())
+            } else {
+                Closed::Talk(ended)
+            }
+        })
     }
 
     /// Takes in what has come.

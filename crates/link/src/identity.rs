@@ -47,6 +47,7 @@ pub enum IdentityError {
 pub struct Identity {
     provider: Arc<CryptoProvider>,
     own: Arc<CertifiedKey>,
+    authorities: Arc<[CertificateDer<'static>]>,
     client: Arc<ClientConfig>,
     clients: Arc<dyn ClientCertVerifier>,
     servers: Arc<WebPkiServerVerifier>,
@@ -73,9 +74,10 @@ impl Identity {
             part: "the key's file",
             what: "private key",
         })?;
+        let authorities = certificates(ca, "the authority's file")?;
         let mut roots = RootCertStore::empty();
-        for root in certificates(ca, "the authority's file")? {
-            roots.add(root).map_err(IdentityError::Unusable)?;
+        for root in &authorities {
+            roots.add(root.clone()).map_err(IdentityError::Unusable)?;
         }
         let (roots, provider) = (
             Arc::new(roots),
@@ -102,6 +104,7 @@ impl Identity {
         Ok(Identity {
             provider,
             own,
+            authorities: authorities.into(),
             client: Arc::new(client),
             clients,
             servers,
@@ -134,6 +137,11 @@ impl Identity {
                     .map(|_| ())
             })
             .map_err(|e| IdentityError::NotBelieved(explain(&e)))
+    }
+
+    /// Whether it shows and believes the same as another.
+    pub(crate) fn is(&self, other: &Identity) -> bool {
+        self.own.cert == other.own.cert && self.authorities == other.authorities
     }
 
     /// The side that connects to a host.

@@ -208,7 +208,8 @@ impl Links {
         self.shared.order(|orders| orders.peers = Some(peers));
     }
 
-    /// What is shown and believed from now on. Every peer must show its certificate again.
+    /// What is shown and believed from now on. If that is something new, every peer must show its
+    /// certificate again.
     pub fn set_identity(&self, identity: Identity) {
         self.shared.order(|orders| orders.identity = Some(identity));
     }
@@ -292,7 +293,9 @@ impl Keeper {
     fn obey(&mut self) -> bool {
         let orders = std::mem::take(&mut *lock(&self.shared.orders));
         let now = self.shared.now();
-        if let Some(identity) = orders.identity {
+        let shown = self.config.identity.as_ref();
+        let new = |identity: &Identity| !shown.is_some_and(|shown| shown.is(identity));
+        if let Some(identity) = orders.identity.filter(new) {
             self.config.identity = Some(identity);
             let all: Vec<_> = self.connections.keys().copied().collect();
             for id in all {
@@ -369,10 +372,7 @@ impl Keeper {
         let due = due.filter(|(_, c)| c.talk.next_timeout() <= now);
         let due: Vec<_> = due.map(|(&id, _)| id).collect();
         for id in due {
-            self.act(id, |connection| {
-                connection.talk.on_time(now)?;
-                Ok(())
-            });
+            self.act(id, |connection| connection.on_time(now));
         }
         let due = |at: &mut Option<u64>| at.take_if(|at| *at <= now).is_some();
         let (mut to_dial, mut lapsed) = (Vec::new(), Vec::new());

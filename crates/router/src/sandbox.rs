@@ -119,6 +119,7 @@ const LINKS: &[libc::c_long] = &[
     libc::SYS_ioctl,
     libc::SYS_readv,
     libc::SYS_recvfrom,
+    libc::SYS_setsockopt,
     libc::SYS_socket,
 ];
 
