@@ -209,6 +209,25 @@ fn hosts_that_do_not_believe_each_other_carry_nothing() {
 }
 
 #[test]
+fn certificates_are_read_again() {
+    let test = "certificates_are_read_again";
+    let Some(mut hosts) = apart(test, Trust::Strangers) else {
+        return;
+    };
+    down(&hosts, 0, "another authority");
+    let freeflow = dist().join("bin/freeflow");
+    let (freeflow, dir) = (freeflow.display(), hosts.dir().display());
+    let [_, second] = Hosts::ADDRESSES;
+    let moves =
+        format!("cp {dir}/ca0/ca.* {dir}/ca1 && {freeflow} host cert {second} --ca {dir}/ca1");
+    hosts.shell(1, &moves).unwrap();
+    hosts.bed_mut(1).router().signal(Signal::HUP);
+    hosts.wait_for_links().unwrap();
+    let mut pair = Pair::new(&hosts, QpType::Rc, &Patience::default());
+    assert_eq!(pair.pass(PAGES as u32), WcStatus::Success);
+}
+
+#[test]
 fn hosts_may_be_known_by_their_addresses() {
     let test = "hosts_may_be_known_by_their_addresses";
     let Some(mut hosts) = apart(test, Trust::Addresses) else {

@@ -175,7 +175,8 @@ impl TlsArgs {
 #[derive(Args, Clone)]
 pub(crate) struct LinkArgs {
     /// TCP port of all routers' control connections
-    #[arg(long, value_name = "PORT", default_value_t = freeflow_link::DEFAULT_PORT)]
+    #[arg(long, value_name = "PORT", default_value_t = freeflow_link::DEFAULT_PORT,
+        value_parser = clap::value_parser!(u16).range(1..))]
     control_port: u16,
     #[command(flatten)]
     pub(crate) tls: TlsArgs,

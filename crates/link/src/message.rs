@@ -137,29 +137,33 @@ pub(crate) fn frame(body: &[u8], out: &mut Vec<u8>) {
 #[derive(Debug, Default)]
 pub struct Frames {
     bytes: Vec<u8>,
+    /// How many of them are taken.
+    taken: usize,
 }
 
 impl Frames {
     /// More has come.
     pub fn add(&mut self, bytes: &[u8]) {
+        self.bytes.drain(..self.taken);
+        self.taken = 0;
         self.bytes.extend(bytes);
     }
 
     /// The body of the next frame that is complete.
     pub fn take(&mut self) -> Result<Option<Vec<u8>>, DecodeError> {
-        let Some((&len, rest)) = self.bytes.split_first_chunk() else {
+        let left = self.bytes.get(self.taken..).unwrap_or_default();
+        let Some((&len, rest)) = left.split_first_chunk() else {
             return Ok(None);
         };
         let len = usize::from(u16::from_be_bytes(len));
         if len > MAX_FRAME {
             return Err(DecodeError::TooLong(len));
         }
-        let Some((body, rest)) = rest.split_at_checked(len) else {
+        let Some(body) = rest.get(..len) else {
             return Ok(None);
         };
-        let (body, rest) = (body.to_vec(), rest.to_vec());
-        self.bytes = rest;
-        Ok(Some(body))
+        self.taken += 2 + len;
+        Ok(Some(body.to_vec()))
     }
 }
 

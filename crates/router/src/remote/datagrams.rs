@@ -64,8 +64,8 @@ impl Engine {
     ) -> Result<bool, Outcome> {
         let head = [&arrival.grh[..], tag].concat();
         let network = &self.network;
-        let carried = network.map.carries(host, head.len() + arrival.len as usize);
-        if !carried || !network.peers.believes(host) {
+        let len = head.len() + arrival.len as usize;
+        if !network.map.carries(host, len) || !network.peers.takes(host, len) {
             return Ok(false);
         }
         self.send_datagram(qp, host, to, &head, arrival)

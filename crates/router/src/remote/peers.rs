@@ -56,6 +56,12 @@ impl Peers {
         self.all.get(&host)?.agreed
     }
 
+    /// Whether packets of so much data may go to a host of the map, and it takes them.
+    pub(super) fn takes(&self, host: IpAddr, payload: usize) -> bool {
+        let fits = |agreed: Agreed| payload <= agreed.segment as usize;
+        self.believes(host) && self.agreed(host).is_none_or(fits)
+    }
+
     /// Whether packets may come from a host of the map and go there.
     pub(super) fn believes(&self, host: IpAddr) -> bool {
         !self.authenticated || self.all.get(&host).is_some_and(|peer| peer.believed)
