@@ -597,7 +597,7 @@ impl Keeper {
             peer.retry(now);
         }
         self.changed = true;
-        if let Some(line) = peer.because(reason.to_owned()) {
+        if let Some(line) = peer.because(reason.to_owned(), now) {
             self.observer.notice(line);
         }
     }

@@ -13,6 +13,9 @@ pub(crate) const BELIEVED: u64 = 60_000_000_000;
 /// A link that lived for so long has worked, in nanoseconds: the next one is tried at once.
 const LASTING: u64 = 1_000_000_000;
 
+/// Reasons that change all the time are told of no more often, in nanoseconds.
+const QUIET: u64 = 1_000_000_000;
+
 /// A peer's side of the state.
 #[derive(Debug)]
 pub(crate) struct Peer {
@@ -32,6 +35,8 @@ pub(crate) struct Peer {
     backoff: Backoff,
     /// The reason that the operator was told.
     told: String,
+    /// Until when the operator is told of no other.
+    quiet: u64,
 }
 
 impl Peer {
@@ -39,7 +44,8 @@ impl Peer {
         let reason = if dials {
             "connecting"
         } else {
-            "it has not connected yet, which is its part as its address is the higher one of the two"
+            "it has not connected yet, as is its part (its address is the lower one); does a router \
+             run there whose map (--hosts) has this host?"
         };
         Peer {
             spec,
@@ -51,6 +57,7 @@ impl Peer {
             lapses_at: None,
             backoff: Backoff::new(seed),
             told: String::new(),
+            quiet: 0,
         }
     }
 
@@ -88,11 +95,12 @@ impl Peer {
     }
 
     /// Notes why there is no link; what the operator is to be told, if that is new.
-    pub(crate) fn because(&mut self, reason: String) -> Option<String> {
+    pub(crate) fn because(&mut self, reason: String, now: u64) -> Option<String> {
         self.reason = reason;
-        if self.told == self.reason {
+        if self.told == self.reason || now < self.quiet {
             return None;
         }
+        self.quiet = now.saturating_add(QUIET);
         self.told.clone_from(&self.reason);
         Some(format!("no link to host {}: {}", self.title(), self.reason))
     }
@@ -127,10 +135,11 @@ mod tests {
             segment: 1024,
         };
         let mut peer = Peer::new(spec, true, 1, 0);
-        let told = peer.because("refused".to_owned()).unwrap();
+        let told = peer.because("refused".to_owned(), 0).unwrap();
         assert_eq!(told, "no link to host node2 (192.0.2.2): refused");
-        assert_eq!(peer.because("refused".to_owned()), None);
-        assert!(peer.because("silent".to_owned()).is_some());
+        assert_eq!(peer.because("refused".to_owned(), QUIET), None);
+        assert_eq!(peer.because("silent".to_owned(), QUIET - 1), None);
+        assert!(peer.because("silent".to_owned(), QUIET).is_some());
         let agreed = Agreed {
             incarnation: 1,
             version: 1,
@@ -141,7 +150,7 @@ mod tests {
         assert_eq!(peer.status(11_000_010).since_ms, 11);
         assert_eq!((peer.status(10).up, peer.status(10).reason), (true, None));
         peer.down(20);
-        assert!(peer.because("refused".to_owned()).is_some());
+        assert!(peer.because("silent".to_owned(), 2 * QUIET).is_some());
         assert_eq!(peer.lapses_at, Some(20 + BELIEVED));
     }
 
