@@ -519,7 +519,8 @@ impl Keeper {
         if let Err(closed) = acted.and(flushed) {
             let early = connection.dialed && !connection.talk.is_up();
             let reason = match closed {
-                Closed::End if early => {
+                // What we have said may have come after its end.
+                Closed::End | Closed::Io(_) if early => {
                     "the other host has closed the connection; does its map (--hosts) have this host?"
                         .to_owned()
                 }
