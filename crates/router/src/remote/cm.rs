@@ -81,6 +81,10 @@ impl Engine {
             (host, NO_TENANT)
         };
         let Some(host) = host else { return };
+        // It is repeated; until then there may be a link.
+        if from.index == 0 && !self.network.peers.believes(host) {
+            return;
+        }
         let payload = if self.network.map.segments.contains_key(&host) {
             let av = AddressVector {
                 dgid: to,
@@ -174,6 +178,10 @@ impl Engine {
             }
             let ports = self.underlay_ports(to);
             return Some((Arrival { ports, source }, mad));
+        }
+        if !self.network.peers.believes(packet.src) {
+            self.network.drops.no_link += 1;
+            return None;
         }
         let Some(&id) = self.tenants.get(tenant) else {
             self.network.drops.unknown_qp += 1;
