@@ -22,7 +22,7 @@ on() {
 }
 
 for i in 0 1; do
-    on $i router --underlay 10.88.0.$((i + 1)) --hosts /run/hosts > /out/router$i 2>&1 &
+    on $i router --underlay 10.88.0.$((i + 1)) --hosts /run/hosts --insecure > /out/router$i 2>&1 &
     tries=600
     until on $i status > /dev/null 2>&1; do
         [ $((tries -= 1)) -gt 0 ] || { cat /out/router$i; exit 1; }
@@ -33,7 +33,7 @@ done
 on 0 run --ip 10.1.0.1 -- ibv_rc_pingpong -g 0 -c -e -n "$2" > /out/server 2>&1 &
 server=$!
 tries=600
-until ip netns exec h0 ss -Hltn | grep -q .; do
+until ip netns exec h0 ss -Hltn "sport != :4792" | grep -q .; do
     kill -0 $server 2> /dev/null && [ $((tries -= 1)) -gt 0 ] || { cat /out/server; exit 1; }
     sleep 0.1
 done
