@@ -353,3 +353,29 @@ impl Engine {
         placed
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use freeflow_transport::Message;
+
+    use super::*;
+
+    #[test]
+    fn parts_are_found_only_in_what_was_located() {
+        let part = |seq, offset, len| Part {
+            message: Message { seq, id: 0 },
+            offset,
+            len,
+        };
+        let located = Located {
+            message: 7,
+            start: 1000,
+            end: 3000,
+        };
+        assert_eq!(located.skip(&part(7, 1000, 2000)), Some(0));
+        assert_eq!(located.skip(&part(7, 2500, 500)), Some(1500));
+        assert_eq!(located.skip(&part(7, 2500, 501)), None);
+        assert_eq!(located.skip(&part(7, 999, 1)), None);
+        assert_eq!(located.skip(&part(8, 1000, 1)), None);
+    }
+}
