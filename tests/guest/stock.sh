@@ -72,6 +72,60 @@ between() {
     fi
 }
 
+# awaits SIDE: by the connection manager, for whoever connects.
+awaits() {
+    case $1 in
+        rxe) rdma resource show cm_id | grep -q "state LISTEN" ;;
+        ff) "$freeflow" status -o json | grep -Eq '"cm_listeners": *[1-9]' ;;
+    esac
+}
+
+# managed SERVER CLIENT PROGRAM SERVER_ARGUMENTS CLIENT_ARGUMENTS: programs that know each other by the
+# connection manager alone. ADDRESS is the server's.
+managed() {
+    local server=$1 client=$2 program=$3 address began tries=300 code
+    [ "$server" = rxe ] && address=10.88.0.1 || address=10.88.0.2
+    began=$(date +%s)
+    # The one before is gone.
+    while awaits "$server" && [ $((tries -= 1)) -gt 0 ]; do sleep 0.1; done
+    tries=300
+    at "$server" "$program" ${4//ADDRESS/$address} > /out/server 2>&1 &
+    local pid=$!
+    until awaits "$server"; do
+        kill -0 $pid 2> /dev/null && [ $((tries -= 1)) -gt 0 ] || break
+        sleep 0.1
+    done
+    at "$client" "$program" ${5//ADDRESS/$address} > /out/client 2>&1
+    code=$?
+    [ $code = 0 ] || kill $pid 2> /dev/null
+    wait $pid
+    code=$code/$?
+    if [ $code = 0/0 ]; then
+        passed=$((passed + 1))
+        echo "ok $server <- $client: $program $5 ($(($(date +%s) - began)) s)"
+    else
+        failed=$((failed + 1))
+        echo "FAILED ($code) $server <- $client: $program $5 ($(($(date +%s) - began)) s)"
+        tail -n 30 /out/client /out/server
+        "$freeflow" status | tail -n 8
+    fi
+}
+
+# refused SERVER CLIENT: nobody listens there.
+refused() {
+    local address
+    [ "$1" = rxe ] && address=10.88.0.1 || address=10.88.0.2
+    at "$2" rping -c -a $address -C 1 > /out/client 2>&1
+    if grep -q "RDMA_CM_EVENT_REJECTED, error 8" /out/client; then
+        passed=$((passed + 1))
+        echo "ok $1 <- $2: refused"
+    else
+        failed=$((failed + 1))
+        echo "FAILED $1 <- $2: not refused"
+        tail -n 30 /out/client
+    fi
+}
+
 both() {
     between rxe ff "$@"
     between ff rxe "$@"
@@ -140,6 +194,28 @@ loss() {
     done
     tc qdisc del dev v0 root
     ip netns exec ff tc qdisc del dev v1 root
+}
+
+# perftest is left out: its client asks for a second connection, and crashes if that comes before its
+# server listens again.
+manager() {
+    modprobe rdma_ucm || exit 1
+    local ends
+    for ends in "rxe ff" "ff rxe"; do
+        managed $ends rping "-s -a ADDRESS -V -C 20" "-c -a ADDRESS -V -C 20"
+        managed $ends ucmatose "-b ADDRESS -c 5 -C 20" "-s ADDRESS -c 5 -C 20"
+        managed $ends udaddy "-b ADDRESS -c 2 -C 10" "-s ADDRESS -c 2 -C 10"
+    done
+    # Without an endpoint nobody can refuse.
+    at ff sleep 1000 &
+    local pid=$!
+    until "$freeflow" status -o json | grep -q '"tenant"'; do
+        kill -0 $pid || break
+        sleep 0.1
+    done
+    refused ff rxe
+    kill $pid
+    refused rxe ff
 }
 
 for part; do $part; done

@@ -90,7 +90,7 @@ fn the_reference_conforms() {
     let output = &outcome.hosts[0].output;
     let summary = output.lines().last().unwrap_or_default();
     let passed = summary.split(' ').next().and_then(|n| n.parse().ok());
-    assert!(passed.is_some_and(|n: u32| n >= 60), "{outcome}");
+    assert!(passed.is_some_and(|n: u32| n >= 68), "{outcome}");
     assert!(summary.contains(" 0 failed"), "{outcome}");
 }
 
@@ -281,13 +281,26 @@ fn freeflow_and_the_reference_are_peers() {
     let Some((machine, _one)) = machine("freeflow_and_the_reference_are_peers") else {
         return;
     };
-    let programs = ["ibv_devinfo", "ibv_rc_pingpong", "ib_send_bw", "tc"];
+    let programs = [
+        "ibv_devinfo",
+        "ibv_rc_pingpong",
+        "ib_send_bw",
+        "rping",
+        "tc",
+    ];
     if !programs.into_iter().all(have) {
         return;
     }
     let (script, dist) = (script("stock.sh"), dist());
     let mut command = vec![Path::new("bash"), &script, &dist];
-    let parts = ["devinfo", "pingpongs", "connected", "unreliable", "loss"];
+    let parts = [
+        "devinfo",
+        "pingpongs",
+        "connected",
+        "unreliable",
+        "loss",
+        "manager",
+    ];
     command.extend(parts.map(Path::new));
     let outcome = Vm::new(&machine)
         .limit(Duration::from_secs(1200))
