@@ -70,6 +70,11 @@ impl Context {
         }))
     }
 
+    /// Whether it is of this process, and its router lives.
+    pub fn is_current(&self) -> bool {
+        self.session.is_own() && !self.session.link.check()
+    }
+
     /// What the device was when the session began.
     pub fn info(&self) -> &DeviceInfo {
         &self.session.info

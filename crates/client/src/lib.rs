@@ -32,8 +32,8 @@ pub use context::{AsyncEvent, Context, Element, Pd, device};
 pub use cq::{Completion, Cq};
 pub use dm::Dm;
 pub use freeflow_session::{
-    CmDetail, CmEvent, CmEventType, CmIdInfo, CmOption, CmParam, CmQp, CmQpAttr, DeviceInfo,
-    PortSpace,
+    CmDetail, CmEvent, CmEventType, CmIdInfo, CmOption, CmParam, CmPort, CmQp, CmQpAttr,
+    DeviceInfo, PortSpace,
 };
 pub use freeflow_shm::{Bind, Sge};
 pub use freeflow_types::*;

@@ -278,6 +278,11 @@ impl Stream {
         self.end(Phase::Closed);
     }
 
+    /// The connection is unusable.
+    pub fn fail(&mut self) {
+        self.end(Phase::Broken);
+    }
+
     /// A receive request completed, with this immediate data in the host's order.
     pub fn received(&mut self, imm: u32) -> Result<(), Broken> {
         self.receiving.took();

@@ -67,6 +67,7 @@ fn device() -> *mut ibv_device {
 
 extern "C" fn loaded() {
     client::prepare_for_fork();
+    crate::rsocket::prepare_for_fork();
     // Not in one thread while another forks.
     device();
 }

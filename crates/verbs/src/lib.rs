@@ -4,7 +4,7 @@
 //! behind contexts and queues, and the private symbols that vendors' libraries need to load. What
 //! the virtual device does not offer answers as the man page says an absent feature answers.
 //!
-//! The shared object also carries librdmacm's symbols (`rdmacm.rs`, `rdma_cm/`); librdmacm.so.1
+//! The shared object also carries librdmacm's symbols (`rdmacm.rs`, `rdma_cm/`, `rsocket/`); librdmacm.so.1
 //! itself only names their versions.
 
 #![allow(
@@ -28,6 +28,7 @@ mod query;
 mod rdma_cm;
 mod rdmacm;
 mod region;
+mod rsocket;
 mod srq;
 mod strings;
 mod symbols;

@@ -1,27 +1,13 @@
-//! librdmacm's symbols. There are no rsockets: a program that asks for one is told that there is
-//! no RDMA device for it.
-
-use core::ffi::{c_int, c_long};
+//! librdmacm's symbols.
 
 use crate::export::export;
-use crate::objects::set_errno;
-use crate::rdma_cm;
-
-unsafe extern "C" fn minus_one() -> c_int {
-    set_errno(libc::ENODEV);
-    -1
-}
-
-unsafe extern "C" fn minus_one_long() -> c_long {
-    set_errno(libc::ENODEV);
-    -1
-}
+use crate::{rdma_cm, rsocket};
 
 export! {
-    "raccept" "@@RDMACM_1.0" minus_one;
-    "rbind" "@@RDMACM_1.0" minus_one;
-    "rclose" "@@RDMACM_1.0" minus_one;
-    "rconnect" "@@RDMACM_1.0" minus_one;
+    "raccept" "@@RDMACM_1.0" rsocket::raccept;
+    "rbind" "@@RDMACM_1.0" rsocket::rbind;
+    "rclose" "@@RDMACM_1.0" rsocket::rclose;
+    "rconnect" "@@RDMACM_1.0" rsocket::rconnect;
     "rdma_accept" "@@RDMACM_1.0" rdma_cm::connection::accept;
     "rdma_ack_cm_event" "@@RDMACM_1.0" rdma_cm::event::ack_cm_event;
     "rdma_bind_addr" "@@RDMACM_1.0" rdma_cm::id::bind_addr;
@@ -57,29 +43,29 @@ export! {
     "rdma_resolve_addr" "@@RDMACM_1.0" rdma_cm::connection::resolve_addr;
     "rdma_resolve_route" "@@RDMACM_1.0" rdma_cm::connection::resolve_route;
     "rdma_set_option" "@@RDMACM_1.0" rdma_cm::option::set_option;
-    "rfcntl" "@@RDMACM_1.0" minus_one;
-    "rgetpeername" "@@RDMACM_1.0" minus_one;
-    "rgetsockname" "@@RDMACM_1.0" minus_one;
-    "rgetsockopt" "@@RDMACM_1.0" minus_one;
-    "riomap" "@@RDMACM_1.0" minus_one_long;
-    "riounmap" "@@RDMACM_1.0" minus_one;
-    "riowrite" "@@RDMACM_1.0" minus_one_long;
-    "rlisten" "@@RDMACM_1.0" minus_one;
-    "rpoll" "@@RDMACM_1.0" minus_one;
-    "rread" "@@RDMACM_1.0" minus_one_long;
-    "rreadv" "@@RDMACM_1.0" minus_one_long;
-    "rrecv" "@@RDMACM_1.0" minus_one_long;
-    "rrecvfrom" "@@RDMACM_1.0" minus_one_long;
-    "rrecvmsg" "@@RDMACM_1.0" minus_one_long;
-    "rselect" "@@RDMACM_1.0" minus_one;
-    "rsend" "@@RDMACM_1.0" minus_one_long;
-    "rsendmsg" "@@RDMACM_1.0" minus_one_long;
-    "rsendto" "@@RDMACM_1.0" minus_one_long;
-    "rsetsockopt" "@@RDMACM_1.0" minus_one;
-    "rshutdown" "@@RDMACM_1.0" minus_one;
-    "rsocket" "@@RDMACM_1.0" minus_one;
-    "rwrite" "@@RDMACM_1.0" minus_one_long;
-    "rwritev" "@@RDMACM_1.0" minus_one_long;
+    "rfcntl" "@@RDMACM_1.0" rsocket::rfcntl;
+    "rgetpeername" "@@RDMACM_1.0" rsocket::rgetpeername;
+    "rgetsockname" "@@RDMACM_1.0" rsocket::rgetsockname;
+    "rgetsockopt" "@@RDMACM_1.0" rsocket::rgetsockopt;
+    "riomap" "@@RDMACM_1.0" rsocket::riomap;
+    "riounmap" "@@RDMACM_1.0" rsocket::riounmap;
+    "riowrite" "@@RDMACM_1.0" rsocket::riowrite;
+    "rlisten" "@@RDMACM_1.0" rsocket::rlisten;
+    "rpoll" "@@RDMACM_1.0" rsocket::rpoll;
+    "rread" "@@RDMACM_1.0" rsocket::rread;
+    "rreadv" "@@RDMACM_1.0" rsocket::rreadv;
+    "rrecv" "@@RDMACM_1.0" rsocket::rrecv;
+    "rrecvfrom" "@@RDMACM_1.0" rsocket::rrecvfrom;
+    "rrecvmsg" "@@RDMACM_1.0" rsocket::rrecvmsg;
+    "rselect" "@@RDMACM_1.0" rsocket::rselect;
+    "rsend" "@@RDMACM_1.0" rsocket::rsend;
+    "rsendmsg" "@@RDMACM_1.0" rsocket::rsendmsg;
+    "rsendto" "@@RDMACM_1.0" rsocket::rsendto;
+    "rsetsockopt" "@@RDMACM_1.0" rsocket::rsetsockopt;
+    "rshutdown" "@@RDMACM_1.0" rsocket::rshutdown;
+    "rsocket" "@@RDMACM_1.0" rsocket::rsocket;
+    "rwrite" "@@RDMACM_1.0" rsocket::rwrite;
+    "rwritev" "@@RDMACM_1.0" rsocket::rwritev;
     "rdma_join_multicast_ex" "@@RDMACM_1.1" rdma_cm::group::join_multicast_ex;
     "rdma_establish" "@@RDMACM_1.2" rdma_cm::connection::establish;
     "rdma_init_qp_attr" "@@RDMACM_1.2" rdma_cm::event::init_qp_attr;
@@ -89,7 +75,7 @@ export! {
     "rdma_query_addrinfo" "@@RDMACM_1.4" rdma_cm::endpoint::no_addrinfo;
     "rdma_resolve_addrinfo" "@@RDMACM_1.4" rdma_cm::endpoint::no_addrinfo;
     "rdma_write_cm_event" "@@RDMACM_1.4" rdma_cm::event::write_cm_event;
-    "repoll_create" "@@RDMACM_1.5" minus_one;
-    "repoll_ctl" "@@RDMACM_1.5" minus_one;
-    "repoll_wait" "@@RDMACM_1.5" minus_one;
+    "repoll_create" "@@RDMACM_1.5" rsocket::repoll_create;
+    "repoll_ctl" "@@RDMACM_1.5" rsocket::repoll_ctl;
+    "repoll_wait" "@@RDMACM_1.5" rsocket::repoll_wait;
 }

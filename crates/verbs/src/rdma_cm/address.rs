@@ -23,7 +23,7 @@ const EXACTLY: u8 = 2;
 /// # Safety
 ///
 /// Null or an address of its family's size.
-pub(super) unsafe fn socket_address(addr: *const libc::sockaddr) -> Result<SocketAddr, Errno> {
+pub(crate) unsafe fn socket_address(addr: *const libc::sockaddr) -> Result<SocketAddr, Errno> {
     if addr.is_null() {
         return Err(Errno::INVAL);
     }
@@ -48,7 +48,7 @@ pub(super) unsafe fn socket_address(addr: *const libc::sockaddr) -> Result<Socke
 }
 
 /// An address as programs read it.
-pub(super) fn storage(addr: SocketAddr) -> sockaddr_storage {
+pub(crate) fn storage(addr: SocketAddr) -> sockaddr_storage {
     let mut room = sockaddr_storage([0; 128]);
     match addr {
         SocketAddr::V4(v4) => {

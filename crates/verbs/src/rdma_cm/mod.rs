@@ -4,7 +4,7 @@
 //! fields of `struct rdma_cm_id`, make what a program leaves to them, and move queue pairs. What an
 //! event does to its id is done when the program is given it (`event.rs`).
 
-mod address;
+pub(crate) mod address;
 pub(crate) mod addrinfo;
 pub(crate) mod connection;
 mod device;

@@ -1,0 +1,442 @@
+//! A datagram socket: a UDP socket, and a queue pair for each local address.
+//!
+//! The first datagrams to an address go over UDP, with a header that tells the sender's queue pair
+//! and asks for the receiver's; those that follow go from queue pair to queue pair. librdmacm
+//! answers in a thread of its own; here whoever uses the socket does, so that a peer that only
+//! waits is answered too.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use freeflow_client::Errno;
+use freeflow_rsocket::{Config, DatagramHeader, UdpHeader, UdpOp};
+use libc::{POLLERR, POLLIN, POLLOUT, pollfd};
+use rustix::net::{
+    self, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recvfrom, sendto,
+};
+
+use super::config::defaults;
+use super::device::shared;
+use super::io::How;
+use super::memory::Vectors;
+use super::path::{Arrived, MAX_DATAGRAM, Path, Remote, resolve};
+use super::poll::Ready;
+use super::wait::{self, Source, Waits, Wake, input, wait_for};
+
+/// Where a peer is reached.
+struct Destination {
+    /// By index of the paths.
+    path: usize,
+    /// Its queue pair, once that is known.
+    remote: Option<Remote>,
+}
+
+pub(super) struct DatagramSocket {
+    /// The UDP socket's, which is the program's name for it.
+    pub(super) fd: RawFd,
+    pub(super) nonblocking: AtomicBool,
+    pub(super) fd_flags: AtomicI32,
+    inner: Mutex<Inner>,
+}
+
+pub(super) struct Inner {
+    udp: OwnedFd,
+    family: AddressFamily,
+    pub(super) config: Config,
+    paths: Vec<Path>,
+    destinations: HashMap<SocketAddr, Destination>,
+    peer: Option<SocketAddr>,
+    /// What was received and not read, and from whom.
+    queue: VecDeque<(SocketAddr, Vec<u8>)>,
+    watchers: Vec<Arc<Wake>>,
+    error: Option<Errno>,
+    gone: bool,
+    pub(super) activity: u64,
+}
+
+impl Waits for DatagramSocket {
+    type Inner = Inner;
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // A panic aborts the process.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl DatagramSocket {
+    pub(super) fn new(domain: i32) -> Result<Self, Errno> {
+        let family = match domain {
+            libc::AF_INET6 => AddressFamily::INET6,
+            _ => AddressFamily::INET,
+        };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let udp = net::socket_with(family, SocketType::DGRAM, flags, None)?;
+        Ok(DatagramSocket {
+            fd: udp.as_raw_fd(),
+            nonblocking: AtomicBool::new(false),
+            fd_flags: AtomicI32::new(0),
+            inner: Mutex::new(Inner {
+                udp,
+                family,
+                config: defaults().config,
+                paths: Vec::new(),
+                destinations: HashMap::new(),
+                peer: None,
+                queue: VecDeque::new(),
+                watchers: Vec::new(),
+                error: None,
+                gone: false,
+                activity: 0,
+            }),
+        })
+    }
+
+    fn waits(&self, how: How) -> bool {
+        // Relaxed: the program orders what it does with the socket.
+        !self.nonblocking.load(Ordering::Relaxed) && !how.dont_wait
+    }
+
+    /// `bind(2)`.
+    pub(super) fn bind(&self, addr: SocketAddr) -> Result<(), Errno> {
+        net::bind(&self.lock().udp, &addr)
+    }
+
+    /// `connect(2)`: where datagrams go, and come from.
+    pub(super) fn connect(&self, addr: SocketAddr) -> Result<(), Errno> {
+        let mut inner = self.lock();
+        net::connect(&inner.udp, &addr)?;
+        inner.destination(addr)?;
+        inner.peer = Some(addr);
+        Ok(())
+    }
+
+    pub(super) fn local(&self) -> Result<SocketAddr, Errno> {
+        name(net::getsockname(&self.lock().udp)?)
+    }
+
+    pub(super) fn peer(&self) -> Result<SocketAddr, Errno> {
+        self.lock().peer.ok_or(Errno::NOTCONN)
+    }
+
+    /// `sendto(2)`.
+    pub(super) fn send(
+        &self,
+        from: &mut Vectors<'_>,
+        how: How,
+        to: Option<SocketAddr>,
+    ) -> Result<usize, Errno> {
+        let attempt = |inner: &mut Inner| inner.send(from, to).transpose();
+        self.attempt(how, attempt)
+    }
+
+    /// `recvfrom(2)`: the whole length is not told if it is cut; and from where it came.
+    pub(super) fn receive(
+        &self,
+        to: &mut Vectors<'_>,
+        how: How,
+    ) -> Result<(usize, SocketAddr), Errno> {
+        self.attempt(how, |inner| {
+            if inner.gone {
+                return Some(Err(Errno::BADF));
+            }
+            if let Some(errno) = inner.error.take() {
+                return Some(Err(errno));
+            }
+            let (from, bytes) = inner.queue.front()?;
+            let (from, len) = (*from, bytes.len().min(to.left()));
+            to.each(len, |addr, part| {
+                let part = &bytes[part.offset as usize..][..part.length as usize];
+                // SAFETY: the vectors are memory of the program's that may be written.
+                unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), addr, part.len()) };
+            });
+            if !how.peek {
+                inner.queue.pop_front();
+            }
+            Some(Ok((len, from)))
+        })
+    }
+
+    fn attempt<T>(
+        &self,
+        how: How,
+        mut attempt: impl FnMut(&mut Inner) -> Option<Result<T, Errno>>,
+    ) -> Result<T, Errno> {
+        if self.waits(how) {
+            return wait_for(self, None, attempt)?;
+        }
+        let mut inner = self.lock();
+        inner.advance(true);
+        attempt(&mut inner).unwrap_or(Err(Errno::AGAIN))
+    }
+
+    /// `close(2)`: when what was sent is.
+    pub(super) fn close(&self) {
+        let deadline = Instant::now() + Duration::from_secs(1);
+        let flushed = |inner: &mut Inner| inner.is_flushed().then_some(());
+        while wait_for(self, Some(deadline), flushed) == Err(Errno::INTR) {}
+        let mut inner = self.lock();
+        inner.gone = true;
+        inner.paths.drain(..).for_each(|path| path.destroy());
+        inner.destinations.clear();
+        inner.changed();
+    }
+}
+
+fn name(addr: net::SocketAddrAny) -> Result<SocketAddr, Errno> {
+    SocketAddr::try_from(addr).map_err(|_| Errno::AFNOSUPPORT)
+}
+
+impl Inner {
+    /// Send and receive requests of a queue pair: as many as the buffers take.
+    fn requests(&self) -> (usize, usize) {
+        let take = |requests: u16, buffer: u32| {
+            let most = (buffer as usize / MAX_DATAGRAM).max(1);
+            usize::from(requests).clamp(1, most)
+        };
+        let config = &self.config;
+        (
+            take(config.send_requests, config.send_buffer),
+            take(config.recv_requests, config.recv_buffer),
+        )
+    }
+
+    pub(super) fn has_paths(&self) -> bool {
+        !self.paths.is_empty()
+    }
+
+    fn is_flushed(&self) -> bool {
+        let (sends, _) = self.requests();
+        self.paths.iter().all(|path| path.is_flushed(sends))
+    }
+
+    fn changed(&mut self) {
+        self.activity += 1;
+        self.watchers.iter().for_each(|wake| wake.wake());
+    }
+
+    /// Where datagrams to a peer come from.
+    fn source(&self, to: SocketAddr) -> Result<SocketAddr, Errno> {
+        let mut local = name(net::getsockname(&self.udp)?)?;
+        let vague = match local.ip() {
+            IpAddr::V4(ip) => ip == Ipv4Addr::UNSPECIFIED,
+            IpAddr::V6(ip) => ip == Ipv6Addr::UNSPECIFIED,
+        };
+        if vague {
+            // The system knows which of its addresses is on the way.
+            let flags = SocketFlags::CLOEXEC;
+            let probe = net::socket_with(self.family, SocketType::DGRAM, flags, None)?;
+            net::connect(&probe, &to)?;
+            local.set_ip(name(net::getsockname(&probe)?)?.ip());
+        }
+        Ok(local)
+    }
+
+    fn destination(&mut self, to: SocketAddr) -> Result<(), Errno> {
+        if self.destinations.contains_key(&to) {
+            return Ok(());
+        }
+        if name(net::getsockname(&self.udp)?)?.port() == 0 {
+            // The header tells where to answer.
+            let any: IpAddr = match self.family {
+                AddressFamily::INET6 => Ipv6Addr::UNSPECIFIED.into(),
+                _ => Ipv4Addr::UNSPECIFIED.into(),
+            };
+            net::bind(&self.udp, &SocketAddr::from((any, 0)))?;
+        }
+        let local = self.source(to)?;
+        let known = self.paths.iter().position(|path| path.local == local);
+        let path = match known {
+            Some(path) => path,
+            None => {
+                let inline = self.config.inline;
+                let made = Path::new(&shared()?, local, self.requests(), inline)?;
+                self.paths.push(made);
+                self.paths.len() - 1
+            }
+        };
+        let remote = None;
+        self.destinations.insert(to, Destination { path, remote });
+        Ok(())
+    }
+
+    /// Sends a datagram. `None`: there is no room now.
+    fn send(
+        &mut self,
+        from: &mut Vectors<'_>,
+        to: Option<SocketAddr>,
+    ) -> Result<Option<usize>, Errno> {
+        if self.gone {
+            return Err(Errno::BADF);
+        }
+        let to = to.or(self.peer).ok_or(Errno::DESTADDRREQ)?;
+        self.destination(to)?;
+        let Some(destination) = self.destinations.get(&to) else {
+            return Err(Errno::HOSTUNREACH);
+        };
+        let path = &mut self.paths[destination.path];
+        if let Some(remote) = &destination.remote {
+            return match path.can_send() {
+                true => path.send(remote, from).map(Some),
+                false => Ok(None),
+            };
+        }
+        let header = UdpHeader {
+            op: UdpOp::Data,
+            qpn: path.qpn(),
+            addr: path.local.ip(),
+        };
+        let mut bytes = Vec::new();
+        header.write(&mut bytes);
+        let (start, len) = (bytes.len(), from.left());
+        if start + len > MAX_DATAGRAM {
+            return Err(Errno::MSGSIZE);
+        }
+        bytes.resize(start + len, 0);
+        from.each(len, |addr, part| {
+            let to = &mut bytes[start + part.offset as usize..][..part.length as usize];
+            // SAFETY: the vectors are memory of the program's that may be read.
+            unsafe { std::ptr::copy_nonoverlapping(addr, to.as_mut_ptr(), to.len()) };
+        });
+        sendto(&self.udp, &bytes, SendFlags::NOSIGNAL, &to)?;
+        Ok(Some(len))
+    }
+
+    /// Takes in a datagram of the program's peer.
+    fn arrived(&mut self, from: SocketAddr, bytes: &[u8]) {
+        let (_, most) = self.requests();
+        // Datagrams may be lost.
+        if self.queue.len() < most {
+            self.queue.push_back((from, bytes.to_vec()));
+        }
+    }
+
+    /// Takes in a UDP datagram.
+    fn over_udp(&mut self, from: SocketAddr, bytes: &[u8]) -> Result<(), Errno> {
+        let Some((header, payload)) = UdpHeader::split(bytes) else {
+            return Ok(());
+        };
+        self.destination(from)?;
+        let Some(destination) = self.destinations.get_mut(&from) else {
+            return Ok(());
+        };
+        let path = &self.paths[destination.path];
+        if destination
+            .remote
+            .is_none_or(|remote| remote.qpn != header.qpn)
+        {
+            destination.remote = resolve(path.local, from, header.qpn).ok();
+        }
+        if header.op == UdpOp::Data {
+            let answer = UdpHeader {
+                op: UdpOp::Control,
+                qpn: path.qpn(),
+                addr: path.local.ip(),
+            };
+            let mut bytes = Vec::new();
+            answer.write(&mut bytes);
+            // If it is lost, the next datagram asks again.
+            let _ = sendto(&self.udp, &bytes, SendFlags::NOSIGNAL, &from);
+            self.arrived(from, payload);
+        }
+        Ok(())
+    }
+
+    fn take_udp(&mut self) -> bool {
+        let mut some = false;
+        let mut buffer = [0; MAX_DATAGRAM + UdpHeader::MAX_BYTES];
+        loop {
+            match recvfrom(&self.udp, &mut buffer, RecvFlags::DONTWAIT) {
+                Ok((len, _, Some(from))) => {
+                    if let Ok(from) = name(from) {
+                        let bytes = buffer;
+                        if let Err(errno) = self.over_udp(from, &bytes[..len]) {
+                            self.error = Some(errno);
+                        }
+                    }
+                }
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return some,
+                Err(errno) => {
+                    self.error = Some(errno);
+                    return true;
+                }
+            }
+            some = true;
+        }
+    }
+
+    fn take_arrived(&mut self, at: usize) -> bool {
+        let mut arrived = Vec::new();
+        let some = match self.paths[at].poll(&mut arrived) {
+            Ok(some) => some,
+            Err(errno) => {
+                self.error = Some(errno);
+                true
+            }
+        };
+        for datagram in &arrived {
+            let Arrived { slot, .. } = *datagram;
+            let bytes = self.paths[at].bytes(datagram);
+            if let Some((DatagramHeader(from), payload)) = DatagramHeader::split(&bytes) {
+                self.arrived(from, payload);
+            }
+            if let Err(errno) = self.paths[at].receive(slot) {
+                self.error = Some(errno);
+            }
+        }
+        some
+    }
+}
+
+impl Source for Inner {
+    fn advance(&mut self, look: bool) {
+        let mut some = false;
+        for path in 0..self.paths.len() {
+            some |= self.take_arrived(path);
+        }
+        if look && !self.gone {
+            some |= self.take_udp();
+        }
+        if some {
+            self.changed();
+        }
+    }
+
+    fn arm(&mut self) -> bool {
+        let newly = self.paths.iter_mut().map(Path::arm);
+        newly.fold(false, |some, newly| some | newly)
+    }
+
+    fn watch(&mut self, wake: &Arc<Wake>, fds: &mut Vec<pollfd>) {
+        self.watchers.push(wake.clone());
+        fds.push(input(self.udp.as_raw_fd()));
+        fds.extend(self.paths.iter().map(|path| input(path.fd())));
+    }
+
+    fn unwatch(&mut self, wake: &Arc<Wake>, ready: bool) {
+        wait::forget(&mut self.watchers, wake);
+        if ready {
+            self.paths.iter_mut().for_each(Path::take_events);
+        }
+    }
+}
+
+impl Ready for Inner {
+    fn ready(&self) -> i16 {
+        let mut ready = 0;
+        if !self.queue.is_empty() {
+            ready |= POLLIN;
+        }
+        if self.paths.iter().all(Path::can_send) {
+            ready |= POLLOUT;
+        }
+        if self.error.is_some() {
+            ready |= POLLERR | POLLIN;
+        }
+        ready
+    }
+}
