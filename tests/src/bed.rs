@@ -158,6 +158,16 @@ impl Bed {
         }
     }
 
+    /// Starts a server on an endpoint, and waits until it listens for connections by the connection
+    /// manager; nobody else of this router does.
+    pub fn serve(&self, on: &Endpoint<'_>, program: &str, args: &[&str]) -> Result<Running> {
+        let server = on.start(program, args)?;
+        let listens = |status: &serde_json::Value| count(status, "cm_listeners") != 0;
+        self.wait_for_status(listens, DEADLINE)
+            .with_context(|| format!("{program} does not listen"))?;
+        Ok(server)
+    }
+
     /// A new endpoint's command line: an address that no other endpoint of this bed has.
     pub fn endpoint(&self) -> Endpoint<'_> {
         // Relaxed: only that numbers differ matters.
@@ -193,6 +203,22 @@ impl Bed {
         pair(ends, program, args, port, "127.0.0.1", |serving| {
             wait_for_listener(port, DEADLINE, || serving.is_alive())
         })
+    }
+}
+
+/// The sum of all numbers of this name in a status.
+pub fn count(status: &serde_json::Value, name: &str) -> u64 {
+    use serde_json::Value;
+    match status {
+        Value::Object(map) => map
+            .iter()
+            .map(|(key, value)| match value.as_u64() {
+                Some(n) if key == name => n,
+                _ => count(value, name),
+            })
+            .sum(),
+        Value::Array(all) => all.iter().map(|value| count(value, name)).sum(),
+        _ => 0,
     }
 }
 

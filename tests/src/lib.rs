@@ -18,7 +18,7 @@ pub mod packets;
 pub mod raw;
 pub mod rig;
 
-pub use bed::{Bed, Endpoint, Lasting, dist};
+pub use bed::{Bed, Endpoint, Lasting, count, dist};
 pub use footprint::Footprint;
 pub use fuse::StuckFile;
 pub use hosts::{Hosts, Trust, Underlay};

@@ -1,0 +1,797 @@
+/*
+ * Rsockets: both ends in one process, on one endpoint.
+ *
+ * Usage: rsockets ADDRESS CASE [PORT]
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <rdma/rsocket.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "check.h"
+
+/* Nothing takes so long: a wait that does is a failure. */
+#define DEADLINE_MS 60000
+
+static struct sockaddr_in address;
+
+/* A step without which the rest makes no sense. */
+#define MUST(condition)                                                                    \
+	do {                                                                               \
+		CHECK(condition);                                                          \
+		if (checks_failed)                                                         \
+			exit(1);                                                           \
+	} while (0)
+
+/* A call that fails with this errno. */
+#define FAILS(call, error)                                                                 \
+	do {                                                                               \
+		errno = 0;                                                                 \
+		CHECK((call) == -1 && errno == (error));                                   \
+	} while (0)
+
+struct pair {
+	int listener, near, far;
+};
+
+/* A byte of the stream. */
+static unsigned char byte_at(size_t at)
+{
+	return (unsigned char)((at * 2654435761u) >> 13);
+}
+
+static void fill(unsigned char *to, size_t at, size_t len)
+{
+	for (size_t i = 0; i < len; i++)
+		to[i] = byte_at(at + i);
+}
+
+static int is_filled(const unsigned char *bytes, size_t at, size_t len)
+{
+	for (size_t i = 0; i < len; i++) {
+		if (bytes[i] != byte_at(at + i))
+			return 0;
+	}
+	return 1;
+}
+
+static int ready(int fd, short events, int timeout_ms)
+{
+	struct pollfd polled = {.fd = fd, .events = events};
+	int n = rpoll(&polled, 1, timeout_ms);
+
+	return n == 1 ? polled.revents : n;
+}
+
+static void set_nonblocking(int fd, int on)
+{
+	MUST(rfcntl(fd, F_SETFL, on ? O_NONBLOCK : 0) == 0);
+	MUST(!!(rfcntl(fd, F_GETFL) & O_NONBLOCK) == on);
+}
+
+static int listen_with(int buffers, int maps)
+{
+	int fd = rsocket(AF_INET, SOCK_STREAM, 0);
+	int on = 1;
+
+	MUST(fd >= 0);
+	MUST(rsetsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) == 0);
+	if (buffers) {
+		MUST(rsetsockopt(fd, SOL_SOCKET, SO_SNDBUF, &buffers, sizeof buffers) == 0);
+		MUST(rsetsockopt(fd, SOL_SOCKET, SO_RCVBUF, &buffers, sizeof buffers) == 0);
+	}
+	if (maps)
+		MUST(rsetsockopt(fd, SOL_RDMA, RDMA_IOMAPSIZE, &maps, sizeof maps) == 0);
+	MUST(rbind(fd, (struct sockaddr *)&address, sizeof address) == 0);
+	MUST(rlisten(fd, 8) == 0);
+	return fd;
+}
+
+static struct sockaddr_in name_of(int fd)
+{
+	struct sockaddr_in name;
+	socklen_t len = sizeof name;
+
+	MUST(rgetsockname(fd, (struct sockaddr *)&name, &len) == 0 && len == sizeof name);
+	return name;
+}
+
+static int begin(int listener, int buffers, int maps)
+{
+	int fd = rsocket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, IPPROTO_TCP);
+	struct sockaddr_in to = name_of(listener);
+
+	MUST(fd >= 0 && (rfcntl(fd, F_GETFL) & O_NONBLOCK));
+	if (buffers) {
+		MUST(rsetsockopt(fd, SOL_SOCKET, SO_SNDBUF, &buffers, sizeof buffers) == 0);
+		MUST(rsetsockopt(fd, SOL_SOCKET, SO_RCVBUF, &buffers, sizeof buffers) == 0);
+	}
+	if (maps)
+		MUST(rsetsockopt(fd, SOL_RDMA, RDMA_IOMAPSIZE, &maps, sizeof maps) == 0);
+	FAILS(rconnect(fd, (struct sockaddr *)&to, sizeof to), EINPROGRESS);
+	return fd;
+}
+
+/* Connects without blocking: nobody else would accept. */
+static struct pair connected_with(int buffers, int maps)
+{
+	struct pair pair = {.listener = listen_with(buffers, maps)};
+	struct sockaddr_in from;
+	struct pollfd both[2];
+	socklen_t len = sizeof from;
+	int error;
+
+	pair.near = begin(pair.listener, buffers, maps);
+	both[0] = (struct pollfd){.fd = pair.listener, .events = POLLIN};
+	both[1] = (struct pollfd){.fd = pair.near, .events = POLLOUT};
+	do {
+		/* Waiting for it is what brings the connection on. */
+		MUST(rpoll(both, 2, DEADLINE_MS) > 0);
+		MUST(both[1].revents == 0);
+	} while (!both[0].revents);
+	pair.far = raccept(pair.listener, (struct sockaddr *)&from, &len);
+	MUST(pair.far >= 0 && len == sizeof from);
+	MUST(ready(pair.near, POLLOUT, DEADLINE_MS) == POLLOUT);
+	len = sizeof error;
+	MUST(rgetsockopt(pair.near, SOL_SOCKET, SO_ERROR, &error, &len) == 0 && error == 0);
+	CHECK(name_of(pair.near).sin_port == from.sin_port);
+	set_nonblocking(pair.near, 0);
+	return pair;
+}
+
+static struct pair connected(void)
+{
+	return connected_with(0, 0);
+}
+
+static void end(struct pair pair)
+{
+	CHECK(rclose(pair.near) == 0);
+	CHECK(rclose(pair.far) == 0);
+	CHECK(rclose(pair.listener) == 0);
+}
+
+static void send_all(int fd, size_t at, size_t len)
+{
+	unsigned char *bytes = malloc(len + 1);
+	size_t done = 0;
+
+	fill(bytes, at, len);
+	while (done < len) {
+		ssize_t n = rsend(fd, bytes + done, len - done, 0);
+		MUST(n > 0);
+		done += (size_t)n;
+	}
+	free(bytes);
+}
+
+static void receive_all(int fd, size_t at, size_t len, size_t step)
+{
+	unsigned char *bytes = malloc(step);
+
+	while (len) {
+		ssize_t n = rrecv(fd, bytes, step < len ? step : len, 0);
+		MUST(n > 0);
+		MUST(is_filled(bytes, at, (size_t)n));
+		at += (size_t)n;
+		len -= (size_t)n;
+	}
+	free(bytes);
+}
+
+static void stream(void)
+{
+	static const size_t sizes[] = {1, 63, 64, 65, 2048, 5000, 65536, 100000};
+	struct pair pair = connected();
+	struct sockaddr_in peer;
+	socklen_t len = sizeof peer;
+	size_t at = 0;
+	char c;
+
+	CHECK(rgetpeername(pair.near, (struct sockaddr *)&peer, &len) == 0);
+	CHECK(peer.sin_addr.s_addr == address.sin_addr.s_addr);
+	CHECK(peer.sin_port == name_of(pair.listener).sin_port);
+	for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+		send_all(pair.near, at, sizes[i]);
+		receive_all(pair.far, at, sizes[i], 100000);
+		send_all(pair.far, at, sizes[i]);
+		receive_all(pair.near, at, sizes[i], 1000);
+		at += sizes[i];
+	}
+	CHECK(rclose(pair.near) == 0);
+	CHECK(rread(pair.far, &c, 1) == 0);
+	CHECK(rread(pair.far, &c, 1) == 0);
+	FAILS(rwrite(pair.far, &c, 1), ECONNRESET);
+	CHECK(rclose(pair.far) == 0 && rclose(pair.listener) == 0);
+}
+
+struct job {
+	int fd;
+	size_t len, step;
+};
+
+static void *sender(void *arg)
+{
+	struct job *job = arg;
+
+	for (size_t at = 0; at < job->len; at += job->step)
+		send_all(job->fd, at, job->step);
+	return NULL;
+}
+
+static void *receiver(void *arg)
+{
+	struct job *job = arg;
+
+	receive_all(job->fd, 0, job->len, job->step);
+	return NULL;
+}
+
+/* All four directions of two sockets at once, each in a thread of its own. */
+static void exchange(struct pair pair, size_t len, size_t send_step, size_t receive_step)
+{
+	struct job jobs[4] = {
+		{pair.near, len, send_step},
+		{pair.far, len, send_step},
+		{pair.near, len, receive_step},
+		{pair.far, len, receive_step},
+	};
+	pthread_t threads[4];
+
+	for (int i = 0; i < 4; i++)
+		MUST(!pthread_create(&threads[i], NULL, i < 2 ? sender : receiver, &jobs[i]));
+	for (int i = 0; i < 4; i++)
+		pthread_join(threads[i], NULL);
+}
+
+static void threads(void)
+{
+	struct pair pair = connected();
+
+	exchange(pair, 8 << 20, 1 << 20, 50000);
+	end(pair);
+}
+
+static void single_bytes(void)
+{
+	struct pair pair = connected();
+
+	exchange(pair, 5000, 1, 7);
+	end(pair);
+}
+
+static void small_buffers(void)
+{
+	struct pair pair = connected_with(1, 0);
+	int size;
+	socklen_t len = sizeof size;
+
+	CHECK(rgetsockopt(pair.far, SOL_SOCKET, SO_RCVBUF, &size, &len) == 0 && size == 4096);
+	exchange(pair, 1 << 19, 1 << 14, 3000);
+	end(pair);
+}
+
+/* A peer that does not read stops the sender, and one that reads lets it go on. */
+static void backpressure(void)
+{
+	struct pair pair = connected();
+	unsigned char *bytes = malloc(1 << 20);
+	size_t sent = 0;
+	ssize_t n;
+
+	set_nonblocking(pair.near, 1);
+	do {
+		fill(bytes, sent, 30000);
+		n = rsend(pair.near, bytes, 30000, 0);
+		if (n > 0)
+			sent += (size_t)n;
+		/* What is under way arrives meanwhile, and is taken in. */
+		CHECK(n > 0 || errno == EAGAIN);
+		CHECK(ready(pair.far, POLLIN, DEADLINE_MS) == POLLIN);
+	} while (n > 0 || ready(pair.near, POLLOUT, 200) > 0);
+	CHECK(sent >= 1 << 17);
+	CHECK(ready(pair.near, POLLIN | POLLOUT, 0) == 0);
+	CHECK(ready(pair.far, POLLIN, 0) == POLLIN);
+	receive_all(pair.far, 0, sent, 4096);
+	CHECK(ready(pair.near, POLLOUT, DEADLINE_MS) == POLLOUT);
+	FAILS(rrecv(pair.far, bytes, 1, MSG_DONTWAIT), EAGAIN);
+	send_all(pair.near, sent, 1000);
+	receive_all(pair.far, sent, 1000, 1000);
+	free(bytes);
+	end(pair);
+}
+
+static void half_close(void)
+{
+	struct pair pair = connected();
+	char c = 0;
+
+	send_all(pair.near, 0, 60000);
+	CHECK(rshutdown(pair.near, SHUT_WR) == 0);
+	FAILS(rsend(pair.near, &c, 1, 0), EPIPE);
+	receive_all(pair.far, 0, 60000, 5000);
+	CHECK(rrecv(pair.far, &c, 1, 0) == 0);
+	CHECK(ready(pair.far, POLLIN | POLLOUT | POLLRDHUP, 0) == (POLLIN | POLLOUT | POLLRDHUP));
+	send_all(pair.far, 0, 60000);
+	receive_all(pair.near, 0, 60000, 5000);
+	CHECK(rshutdown(pair.far, SHUT_RDWR) == 0);
+	CHECK(rrecv(pair.near, &c, 1, 0) == 0);
+	CHECK(ready(pair.near, POLLIN, DEADLINE_MS) & POLLHUP);
+	FAILS(rshutdown(pair.near, 17), EINVAL);
+	end(pair);
+}
+
+static void nobody_listens(void)
+{
+	int fd = rsocket(AF_INET, SOCK_STREAM, 0), error = 0;
+	int probe = listen_with(0, 0);
+	struct sockaddr_in to = name_of(probe);
+	socklen_t len = sizeof error;
+
+	CHECK(rclose(probe) == 0);
+	FAILS(rconnect(fd, (struct sockaddr *)&to, sizeof to), ECONNREFUSED);
+	FAILS(rsend(fd, &to, 1, 0), ENOTCONN);
+	CHECK(rclose(fd) == 0);
+	fd = rsocket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+	/* The answer may be there at once. */
+	CHECK(rconnect(fd, (struct sockaddr *)&to, sizeof to) == -1);
+	if (errno == EINPROGRESS) {
+		CHECK(ready(fd, POLLOUT, DEADLINE_MS) == (POLLOUT | POLLERR | POLLHUP));
+		CHECK(rgetsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &len) == 0);
+		errno = error;
+	}
+	CHECK(errno == ECONNREFUSED);
+	CHECK(ready(fd, POLLOUT, DEADLINE_MS) == (POLLOUT | POLLERR | POLLHUP));
+	CHECK(rgetsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &len) == 0 && error == 0);
+	CHECK(rclose(fd) == 0);
+}
+
+static void flags_and_vectors(void)
+{
+	struct pair pair = connected();
+	unsigned char in[3000], out[3000];
+	struct iovec parts[] = {{out, 10}, {out + 10, 0}, {out + 10, 1990}, {out + 2000, 1000}};
+	struct iovec into[] = {{in, 1}, {in + 1, 1999}, {in + 2000, 1000}};
+	struct msghdr message = {.msg_iov = parts, .msg_iovlen = 4};
+	struct sockaddr_in from;
+	socklen_t len = sizeof from;
+
+	fill(out, 0, sizeof out);
+	CHECK(rwritev(pair.near, parts, 4) == 3000);
+	CHECK(ready(pair.far, POLLIN, DEADLINE_MS) == POLLIN);
+	CHECK(rrecv(pair.far, in, 10, MSG_PEEK) == 10 && is_filled(in, 0, 10));
+	CHECK(rrecv(pair.far, in, 10, MSG_PEEK) == 10 && is_filled(in, 0, 10));
+	CHECK(rrecv(pair.far, in, 3000, MSG_WAITALL) == 3000 && is_filled(in, 0, 3000));
+	CHECK(rsendmsg(pair.far, &message, 0) == 3000);
+	CHECK(ready(pair.near, POLLIN, DEADLINE_MS) == POLLIN);
+	memset(in, 0, sizeof in);
+	CHECK(rreadv(pair.near, into, 2) == 2000 && is_filled(in, 0, 2000));
+	CHECK(rrecvfrom(pair.near, in, 1000, 0, (struct sockaddr *)&from, &len) == 1000);
+	CHECK(is_filled(in, 2000, 1000) && len == sizeof from);
+	CHECK(from.sin_port == name_of(pair.listener).sin_port);
+	FAILS(rsendto(pair.near, in, 1, 0, (struct sockaddr *)&from, len), EISCONN);
+	message.msg_control = in;
+	message.msg_controllen = 10;
+	FAILS(rsendmsg(pair.near, &message, 0), ENOTSUP);
+	CHECK(rsend(pair.near, in, 0, 0) == 0 && rrecv(pair.near, in, 0, 0) == 0);
+	end(pair);
+}
+
+static int get(int fd, int level, int name)
+{
+	int value = -1;
+	socklen_t len = sizeof value;
+
+	CHECK(rgetsockopt(fd, level, name, &value, &len) == 0 && len == sizeof value);
+	return value;
+}
+
+static void options(void)
+{
+	int fd = rsocket(AF_INET, SOCK_STREAM, 0), value = 1, size = 100;
+	struct linger linger = {1, 3}, seen;
+	struct timeval time = {0, 50000};
+	struct tcp_info info;
+	socklen_t len = sizeof seen;
+	struct pair pair;
+	char c;
+
+	CHECK(get(fd, SOL_SOCKET, SO_SNDBUF) == 1 << 17 && get(fd, SOL_RDMA, RDMA_SQSIZE) == 384);
+	CHECK(rsetsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &value, sizeof value) == 0);
+	CHECK(get(fd, IPPROTO_TCP, TCP_NODELAY) == 1);
+	CHECK(rsetsockopt(fd, SOL_RDMA, RDMA_RQSIZE, &size, sizeof size) == 0);
+	CHECK(get(fd, SOL_RDMA, RDMA_RQSIZE) == 100);
+	CHECK(rsetsockopt(fd, SOL_SOCKET, SO_LINGER, &linger, sizeof linger) == 0);
+	CHECK(rgetsockopt(fd, SOL_SOCKET, SO_LINGER, &seen, &len) == 0);
+	CHECK(seen.l_onoff == 1 && seen.l_linger == 3);
+	CHECK(rsetsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &value, sizeof value) == 0);
+	CHECK(rsetsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &value, sizeof value) == 0);
+	CHECK(get(fd, IPPROTO_TCP, TCP_KEEPIDLE) == 1);
+	CHECK(get(fd, SOL_SOCKET, SO_TYPE) == SOCK_STREAM);
+	FAILS(rsetsockopt(fd, SOL_SOCKET, SO_MARK, &value, sizeof value), ENOTSUP);
+	FAILS(rsetsockopt(fd, SOL_SOCKET, SO_SNDBUF, &value, 1), EINVAL);
+	CHECK(rclose(fd) == 0);
+	pair = connected();
+	len = sizeof info;
+	CHECK(rgetsockopt(pair.near, IPPROTO_TCP, TCP_INFO, &info, &len) == 0);
+	CHECK(info.tcpi_state == TCP_ESTABLISHED);
+	FAILS(rsetsockopt(pair.near, SOL_RDMA, RDMA_RQSIZE, &size, sizeof size), EINVAL);
+	CHECK(rsetsockopt(pair.near, SOL_SOCKET, SO_RCVTIMEO, &time, sizeof time) == 0);
+	FAILS(rrecv(pair.near, &c, 1, 0), EAGAIN);
+	/* Signs of life go by unseen. */
+	CHECK(rsetsockopt(pair.far, SOL_SOCKET, SO_KEEPALIVE, &value, sizeof value) == 0);
+	CHECK(rsetsockopt(pair.far, IPPROTO_TCP, TCP_KEEPIDLE, &value, sizeof value) == 0);
+	CHECK(ready(pair.far, POLLIN, 2500) == 0);
+	CHECK(ready(pair.near, POLLIN, 0) == 0);
+	send_all(pair.far, 0, 10);
+	receive_all(pair.near, 0, 10, 10);
+	end(pair);
+}
+
+static void mixed_polling(void)
+{
+	struct pair pair = connected();
+	int pipes[2];
+	struct pollfd fds[3];
+	fd_set in, out;
+	struct timeval none = {0, 0};
+
+	MUST(pipe(pipes) == 0);
+	fds[0] = (struct pollfd){.fd = pair.far, .events = POLLIN};
+	fds[1] = (struct pollfd){.fd = pipes[0], .events = POLLIN};
+	fds[2] = (struct pollfd){.fd = -1, .events = POLLIN};
+	CHECK(rpoll(fds, 3, 20) == 0);
+	CHECK(write(pipes[1], "x", 1) == 1);
+	CHECK(rpoll(fds, 3, DEADLINE_MS) == 1 && fds[1].revents == POLLIN && !fds[0].revents);
+	send_all(pair.near, 0, 1);
+	CHECK(ready(pair.far, POLLIN, DEADLINE_MS) == POLLIN);
+	CHECK(rpoll(fds, 3, DEADLINE_MS) == 2 && fds[0].revents == POLLIN);
+	FD_ZERO(&in);
+	FD_ZERO(&out);
+	FD_SET(pair.far, &in);
+	FD_SET(pair.near, &in);
+	FD_SET(pipes[0], &in);
+	FD_SET(pair.near, &out);
+	CHECK(rselect(FD_SETSIZE, &in, &out, NULL, NULL) == 3);
+	CHECK(FD_ISSET(pair.far, &in) && FD_ISSET(pipes[0], &in) && FD_ISSET(pair.near, &out));
+	CHECK(!FD_ISSET(pair.near, &in));
+	receive_all(pair.far, 0, 1, 1);
+	FD_ZERO(&in);
+	FD_SET(pair.far, &in);
+	CHECK(rselect(pair.far + 1, &in, NULL, NULL, &none) == 0 && !FD_ISSET(pair.far, &in));
+	fds[0].fd = 900;
+	CHECK(rpoll(fds, 1, 0) == 1 && fds[0].revents == POLLNVAL);
+	close(pipes[0]);
+	close(pipes[1]);
+	end(pair);
+}
+
+static int polled_events;
+
+static void *poller(void *arg)
+{
+	polled_events = ready(*(int *)arg, POLLIN, DEADLINE_MS);
+	return NULL;
+}
+
+static void *reader(void *arg)
+{
+	char c;
+
+	return (void *)rrecv(*(int *)arg, &c, 1, 0);
+}
+
+/* Whatever one thread takes in, the others are told of. */
+static void waiting_threads(void)
+{
+	struct pair pair = connected();
+	pthread_t threads[2];
+	void *got;
+
+	MUST(!pthread_create(&threads[0], NULL, poller, &pair.far));
+	MUST(!pthread_create(&threads[1], NULL, reader, &pair.near));
+	usleep(20000);
+	send_all(pair.near, 0, 1);
+	pthread_join(threads[0], NULL);
+	CHECK(polled_events == POLLIN);
+	CHECK(rshutdown(pair.far, SHUT_RDWR) == 0);
+	pthread_join(threads[1], &got);
+	CHECK(got == NULL);
+	end(pair);
+	/* A listener that is closed wakes who accepts. */
+	pair.listener = listen_with(0, 0);
+	MUST(!pthread_create(&threads[0], NULL, poller, &pair.listener));
+	usleep(20000);
+	CHECK(rclose(pair.listener) == 0);
+	pthread_join(threads[0], NULL);
+	CHECK(polled_events == POLLNVAL);
+}
+
+static void epoll(void)
+{
+	int (*create)(int) = dlsym(RTLD_DEFAULT, "repoll_create");
+	int (*ctl)(int, int, int, struct epoll_event *) = dlsym(RTLD_DEFAULT, "repoll_ctl");
+	int (*wait)(int, struct epoll_event *, int, int) = dlsym(RTLD_DEFAULT, "repoll_wait");
+	struct pair pair = connected();
+	struct epoll_event event = {.events = EPOLLIN, .data.u64 = 7}, got[4];
+	int pipes[2], fd;
+
+	MUST(create && ctl && wait);
+	MUST(pipe(pipes) == 0);
+	fd = create(EPOLL_CLOEXEC);
+	MUST(fd >= 0);
+	CHECK(ctl(fd, EPOLL_CTL_ADD, pair.far, &event) == 0);
+	FAILS(ctl(fd, EPOLL_CTL_ADD, pair.far, &event), EEXIST);
+	FAILS(ctl(fd, EPOLL_CTL_MOD, pair.near, &event), ENOENT);
+	event.data.u64 = 8;
+	CHECK(ctl(fd, EPOLL_CTL_ADD, pipes[0], &event) == 0);
+	CHECK(wait(fd, got, 4, 10) == 0);
+	CHECK(write(pipes[1], "x", 1) == 1);
+	CHECK(wait(fd, got, 4, DEADLINE_MS) == 1 && got[0].data.u64 == 8);
+	send_all(pair.near, 0, 10);
+	CHECK(ready(pair.far, POLLIN, DEADLINE_MS) == POLLIN);
+	CHECK(wait(fd, got, 4, DEADLINE_MS) == 2);
+	CHECK(wait(fd, got, 1, DEADLINE_MS) == 1);
+	CHECK(ctl(fd, EPOLL_CTL_DEL, pipes[0], NULL) == 0);
+	/* At the edge: once, until more comes. */
+	event = (struct epoll_event){.events = EPOLLIN | EPOLLET, .data.u64 = 9};
+	CHECK(ctl(fd, EPOLL_CTL_MOD, pair.far, &event) == 0);
+	CHECK(wait(fd, got, 4, DEADLINE_MS) == 1 && got[0].data.u64 == 9);
+	CHECK(got[0].events == EPOLLIN);
+	CHECK(wait(fd, got, 4, 10) == 0);
+	send_all(pair.near, 10, 10);
+	CHECK(wait(fd, got, 4, DEADLINE_MS) == 1);
+	/* Once, until it is asked for again. */
+	event = (struct epoll_event){.events = EPOLLOUT | EPOLLONESHOT, .data.u64 = 10};
+	CHECK(ctl(fd, EPOLL_CTL_MOD, pair.far, &event) == 0);
+	CHECK(wait(fd, got, 4, DEADLINE_MS) == 1 && got[0].events == EPOLLOUT);
+	CHECK(wait(fd, got, 4, 10) == 0);
+	CHECK(ctl(fd, EPOLL_CTL_MOD, pair.far, &event) == 0);
+	CHECK(wait(fd, got, 4, DEADLINE_MS) == 1);
+	receive_all(pair.far, 0, 20, 20);
+	CHECK(rclose(pair.far) == 0);
+	CHECK(wait(fd, got, 4, 10) == 0);
+	CHECK(rclose(pair.near) == 0 && rclose(pair.listener) == 0 && rclose(fd) == 0);
+	FAILS(wait(fd, got, 4, 0), EBADF);
+	close(pipes[0]);
+	close(pipes[1]);
+}
+
+static void direct_writes(void)
+{
+	static unsigned char target[100000], other[100];
+	struct pair pair = connected_with(0, 4);
+	unsigned char source[50000];
+	char c;
+
+	fill(source, 0, sizeof source);
+	CHECK(riomap(pair.far, target, sizeof target, PROT_WRITE, 0, 0) == 0);
+	CHECK(riomap(pair.far, other, sizeof other, PROT_WRITE, 0, -1) == (off_t)(size_t)other);
+	send_all(pair.far, 0, 1);
+	receive_all(pair.near, 0, 1, 1);
+	CHECK(riowrite(pair.near, source, sizeof source, 1000, 0) == sizeof source);
+	CHECK(riowrite(pair.near, source, 100, (off_t)(size_t)other, 0) == 100);
+	send_all(pair.near, 0, 1);
+	receive_all(pair.far, 0, 1, 1);
+	CHECK(is_filled(target + 1000, 0, sizeof source) && is_filled(other, 0, 100));
+	FAILS((ssize_t)riowrite(pair.near, source, 10, 100000, 0), EINVAL);
+	CHECK(riounmap(pair.far, target, sizeof target) == 0);
+	FAILS(riounmap(pair.far, target, sizeof target), EINVAL);
+	FAILS(riomap(pair.far, &c, 1, PROT_READ, 0, 0), EINVAL);
+	FAILS(riomap(pair.listener, &c, 1, PROT_WRITE, 0, 0), EINVAL);
+	end(pair);
+}
+
+/* A child cannot use its parent's connections, and does not end them. */
+static void forks(void)
+{
+	struct pair pair = connected();
+	int status;
+	pid_t child;
+	char c;
+
+	send_all(pair.near, 0, 1000);
+	child = fork();
+	MUST(child >= 0);
+	if (child == 0) {
+		FAILS(rsend(pair.near, &c, 1, 0), EBADF);
+		FAILS(rrecv(pair.far, &c, 1, 0), EBADF);
+		end(pair);
+		/* It has its own. */
+		pair = connected();
+		exchange(pair, 100000, 10000, 10000);
+		end(pair);
+		exit(checks());
+	}
+	MUST(waitpid(child, &status, 0) == child);
+	CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+	receive_all(pair.far, 0, 1000, 1000);
+	exchange(pair, 100000, 10000, 10000);
+	end(pair);
+}
+
+/* What a program has sent arrives although it ends without closing. */
+static void exits(void)
+{
+	int port[2], status, listener, fd;
+	struct sockaddr_in to = address;
+	pid_t child;
+	char c;
+
+	MUST(pipe(port) == 0);
+	child = fork();
+	MUST(child >= 0);
+	if (child == 0) {
+		close(port[1]);
+		MUST(read(port[0], &to.sin_port, sizeof to.sin_port) == sizeof to.sin_port);
+		fd = rsocket(AF_INET, SOCK_STREAM, 0);
+		MUST(rconnect(fd, (struct sockaddr *)&to, sizeof to) == 0);
+		send_all(fd, 0, 300000);
+		exit(checks());
+	}
+	listener = listen_with(0, 0);
+	to = name_of(listener);
+	CHECK(write(port[1], &to.sin_port, sizeof to.sin_port) == sizeof to.sin_port);
+	fd = raccept(listener, NULL, NULL);
+	MUST(fd >= 0);
+	receive_all(fd, 0, 300000, 10000);
+	CHECK(rrecv(fd, &c, 1, 0) == 0);
+	MUST(waitpid(child, &status, 0) == child);
+	CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+	CHECK(rclose(fd) == 0 && rclose(listener) == 0);
+	close(port[0]);
+	close(port[1]);
+}
+
+static void errors(void)
+{
+	int fd = rsocket(AF_INET, SOCK_STREAM, 0);
+	struct sockaddr_in name;
+	socklen_t len = sizeof name;
+	char c;
+
+	FAILS(rsocket(AF_UNIX, SOCK_STREAM, 0), ENOTSUP);
+	FAILS(rsocket(AF_INET, SOCK_RAW, 0), ENOTSUP);
+	FAILS(rsocket(AF_INET, SOCK_STREAM, IPPROTO_UDP), ENOTSUP);
+	FAILS(rsend(fd, &c, 1, 0), ENOTCONN);
+	FAILS(rrecv(fd, &c, 1, 0), ENOTCONN);
+	FAILS(rshutdown(fd, SHUT_WR), ENOTCONN);
+	FAILS(raccept(fd, NULL, NULL), EINVAL);
+	FAILS(rgetpeername(fd, (struct sockaddr *)&name, &len), ENOTCONN);
+	CHECK(rgetsockname(fd, (struct sockaddr *)&name, &len) == 0);
+	CHECK(name.sin_family == AF_INET && name.sin_port == 0);
+	FAILS(rbind(fd, (struct sockaddr *)&address, 3), EINVAL);
+	name.sin_addr.s_addr = htonl(0x0A0B0C0D);
+	FAILS(rbind(fd, (struct sockaddr *)&name, sizeof name), ENODEV);
+	FAILS(rfcntl(fd, F_DUPFD, 0), ENOTSUP);
+	CHECK(rclose(fd) == 0);
+	FAILS(rclose(fd), EBADF);
+	FAILS(rsend(fd, &c, 1, 0), EBADF);
+	FAILS(rlisten(-1, 1), EBADF);
+	FAILS(rbind(0, (struct sockaddr *)&address, sizeof address), EBADF);
+}
+
+/* A stream on which nothing more comes when the router dies: whoever runs this kills it. */
+static void router_dies(void)
+{
+	struct pair pair = connected();
+	char c;
+	int fd;
+
+	printf("ready\n");
+	fflush(stdout);
+	CHECK(rrecv(pair.near, &c, 1, 0) <= 0);
+	CHECK(ready(pair.far, POLLIN, DEADLINE_MS) & (POLLHUP | POLLERR));
+	while (rsend(pair.far, &c, 1, 0) == 1)
+		;
+	end(pair);
+	fd = rsocket(AF_INET, SOCK_STREAM, 0);
+	CHECK(fd == -1 && errno == ENODEV);
+}
+
+/* Datagrams, from each of two sockets to the other: over UDP first, then between queue pairs. */
+static void datagrams(void)
+{
+	int ends[2], size;
+	struct sockaddr_in names[2], from;
+	socklen_t len = sizeof from;
+	unsigned char out[2000], in[3000];
+
+	fill(out, 0, sizeof out);
+	for (int i = 0; i < 2; i++) {
+		ends[i] = rsocket(AF_INET, SOCK_DGRAM, 0);
+		MUST(ends[i] >= 0);
+		MUST(rbind(ends[i], (struct sockaddr *)&address, sizeof address) == 0);
+		names[i] = name_of(ends[i]);
+	}
+	FAILS(rrecv(ends[0], in, 10, MSG_DONTWAIT), EAGAIN);
+	for (int round = 0; round < 200; round++) {
+		int a = round % 2, b = 1 - a;
+		size_t n = 1 + (size_t)round * 9;
+
+		CHECK(rsendto(ends[a], out, n, 0, (struct sockaddr *)&names[b], sizeof from) ==
+		      (ssize_t)n);
+		MUST(ready(ends[b], POLLIN, DEADLINE_MS) == POLLIN);
+		len = sizeof from;
+		CHECK(rrecvfrom(ends[b], in, sizeof in, 0, (struct sockaddr *)&from, &len) ==
+		      (ssize_t)n);
+		CHECK(is_filled(in, 0, n) && from.sin_port == names[a].sin_port);
+		CHECK(from.sin_addr.s_addr == address.sin_addr.s_addr);
+	}
+	CHECK(rconnect(ends[0], (struct sockaddr *)&names[1], sizeof from) == 0);
+	CHECK(rsend(ends[0], out, 5, 0) == 5 && rrecv(ends[1], in, 2, 0) == 2);
+	FAILS(rsend(ends[0], out, 1 << 20, 0), EMSGSIZE);
+	size = get(ends[0], SOL_SOCKET, SO_TYPE);
+	CHECK(size == SOCK_DGRAM);
+	CHECK(rclose(ends[0]) == 0 && rclose(ends[1]) == 0);
+}
+
+/* Sends back what one peer sends, until that ends. */
+static void echo(void)
+{
+	int listener = listen_with(0, 0), fd = raccept(listener, NULL, NULL);
+	char *all = malloc(16 << 20);
+	ssize_t n = 0, len = 0, sent = 0;
+
+	MUST(fd >= 0);
+	while ((n = rrecv(fd, all + len, (16 << 20) - len, 0)) > 0)
+		len += n;
+	MUST(n == 0);
+	while (sent < len && (n = rsend(fd, all + sent, len - sent, 0)) > 0)
+		sent += n;
+	CHECK(sent == len && len > 0);
+	CHECK(rclose(fd) == 0 && rclose(listener) == 0);
+	free(all);
+}
+
+int main(int argc, char **argv)
+{
+	static const struct {
+		const char *name;
+		void (*run)(void);
+	} cases[] = {
+		{"stream", stream},
+		{"threads", threads},
+		{"single_bytes", single_bytes},
+		{"small_buffers", small_buffers},
+		{"backpressure", backpressure},
+		{"half_close", half_close},
+		{"nobody_listens", nobody_listens},
+		{"flags_and_vectors", flags_and_vectors},
+		{"options", options},
+		{"mixed_polling", mixed_polling},
+		{"waiting_threads", waiting_threads},
+		{"epoll", epoll},
+		{"direct_writes", direct_writes},
+		{"forks", forks},
+		{"exits", exits},
+		{"errors", errors},
+		{"router_dies", router_dies},
+		{"datagrams", datagrams},
+		{"echo", echo},
+	};
+
+	signal(SIGPIPE, SIG_DFL);
+	if (argc < 3 || argc > 4 || inet_pton(AF_INET, argv[1], &address.sin_addr) != 1)
+		return 2;
+	address.sin_family = AF_INET;
+	if (argc == 4)
+		address.sin_port = htons(atoi(argv[3]));
+	for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+		if (strcmp(cases[i].name, argv[2]) == 0) {
+			cases[i].run();
+			return checks();
+		}
+	}
+	return 2;
+}

@@ -1,0 +1,420 @@
+//! Rsockets: librdmacm's functions as C programs see them, unmodified programs over them, and
+//! programs of TCP's that librspreload puts on them.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use freeflow_tests::{
+    Bed, DEADLINE, Ended, Endpoint, Hosts, Place, Running, count, have, skip, wait_for_listener_of,
+};
+use rustix::process::Signal;
+
+/// Debian's library that puts rsockets in place of sockets.
+const PRELOAD: &str = "/usr/lib/x86_64-linux-gnu/rsocket/librspreload.so";
+
+fn bed() -> Bed {
+    Bed::new().expect("a router starts")
+}
+
+/// The program of tests/c, compiled against the installed headers.
+fn checker() -> &'static str {
+    static PROGRAM: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
+    let (_, program) = PROGRAM.get_or_init(|| {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let program = dir.path().join("rsockets");
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("c/rsockets.c");
+        let mut gcc = Command::new("gcc");
+        gcc.args(["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror"])
+            .arg("-o")
+            .args([&program, &source])
+            .args(["-libverbs", "-lrdmacm", "-lpthread"]);
+        Running::start(&mut gcc)
+            .and_then(|gcc| gcc.wait(DEADLINE)?.success())
+            .expect("the program compiles");
+        (dir, program)
+    });
+    program.to_str().expect("a path of text")
+}
+
+fn start_checker(endpoint: &Endpoint<'_>, case: &str) -> Running {
+    let ip = endpoint.ip.to_string();
+    let started = endpoint.start(checker(), &[&ip, case]);
+    started.expect("the program starts")
+}
+
+fn no_check_failed(said: &Ended) {
+    assert!(said.stdout.contains(" 0 failed"), "{said}");
+}
+
+fn holds(case: &str) {
+    if !have("gcc") {
+        return;
+    }
+    let bed = bed();
+    let said = start_checker(&bed.endpoint(), case).wait(DEADLINE).unwrap();
+    let said = said.success().unwrap_or_else(|e| panic!("{e:#}"));
+    no_check_failed(&said);
+    assert_eq!(said.stderr, "", "{said}");
+}
+
+macro_rules! cases {
+    ($($case:ident)*) => {
+        $(#[test]
+        fn $case() {
+            holds(stringify!($case));
+        })*
+    };
+}
+
+cases! {
+    stream threads single_bytes small_buffers backpressure half_close nobody_listens
+    flags_and_vectors options mixed_polling waiting_threads epoll direct_writes forks exits errors
+}
+
+#[test]
+fn streams_end_when_the_router_dies() {
+    if !have("gcc") {
+        return;
+    }
+    let mut bed = bed();
+    let running = start_checker(&bed.endpoint(), "router_dies");
+    running.wait_for("ready", DEADLINE).unwrap();
+    bed.router().signal(Signal::KILL);
+    let said = running.wait(DEADLINE).and_then(Ended::success);
+    no_check_failed(&said.unwrap_or_else(|e| panic!("{e:#}")));
+}
+
+/// The places whose users can have private networks: there, sockets that are none of ours go from
+/// endpoint to endpoint too.
+fn private_places(test: &str) -> Vec<Place> {
+    let mut places = Place::all().unwrap();
+    places.retain(|place| {
+        let said = place.call(&["doctor"]).unwrap();
+        let line = said.stdout.lines().find(|l| l.contains("private network"));
+        let line = line.unwrap_or_else(|| panic!("the doctor does not know: {said}"));
+        let able = line.starts_with("ok");
+        if !able {
+            skip(test, &format!("{}: {line}", place.user()));
+        }
+        able
+    });
+    places
+}
+
+fn private<'a>(ip: &'a str, command: &[&'a str]) -> Vec<&'a str> {
+    [&["run", "--network", "private", "--ip", ip, "--"], command].concat()
+}
+
+/// They begin over UDP.
+#[test]
+fn datagrams() {
+    if !have("gcc") {
+        return;
+    }
+    for place in private_places("datagrams") {
+        // Where every user may read it.
+        let dir = tempfile::Builder::new()
+            .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755))
+            .tempdir_in("/tmp")
+            .unwrap();
+        let program = dir.path().join("rsockets");
+        std::fs::copy(checker(), &program).unwrap();
+        let program = program.to_str().unwrap();
+        let ip = "10.77.0.1";
+        let said = place.clean(&private(ip, &[program, ip, "datagrams"]));
+        no_check_failed(&said.unwrap_or_else(|e| panic!("{e:#}")));
+    }
+}
+
+/// They connect by TCP, and by rsockets once they have forked. librspreload has them take turns by a
+/// semaphore of the whole machine, which belongs to whoever was first.
+#[test]
+fn forking_servers_under_librspreload() {
+    const PORT: u16 = 7471;
+    const SEMAPHORE: &str = "/dev/shm/sem.rsocket_fork";
+    if !have("rstream") || !preloads() {
+        return;
+    }
+    for place in private_places("forking servers under librspreload") {
+        // One that was killed in its turn keeps it.
+        let _ = std::fs::remove_file(SEMAPHORE);
+        // The router stays to be asked.
+        let stays = private("10.77.0.9", &["sh", "-c", "echo is there; sleep 1000"]);
+        let stays = Running::start(&mut place.freeflow(stays)).unwrap();
+        stays.wait_for("is there", DEADLINE).unwrap();
+        let preload = format!("LD_PRELOAD={PRELOAD}");
+        let program = ["env", "RDMAV_FORK_SAFE=1", &preload, "rstream"];
+        let both = [
+            "-T", "s", "-T", "f", "-T", "v", "-S", "5000", "-C", "20", "-I", "20",
+        ];
+        let server = [&program[..], &both].concat();
+        let mut server =
+            Running::start(&mut place.freeflow(private("10.77.0.1", &server))).unwrap();
+        if !wait_for_listener_of(&mut server, PORT, DEADLINE) {
+            panic!("no listener: {}", server.wait(DEADLINE).unwrap());
+        }
+        let client = [&program[..], &["-s", "10.77.0.1"], &both].concat();
+        let client = place.call(&private("10.77.0.2", &client)).unwrap();
+        let server = server.wait(DEADLINE).unwrap();
+        for said in [client, server] {
+            assert!(said.status.success(), "{said}");
+            assert!(said.stdout.contains("custom"), "{said}");
+        }
+        // Both were the router's.
+        let status = place.call(&["status", "-o", "json"]).unwrap();
+        let status: serde_json::Value = serde_json::from_str(&status.stdout).unwrap();
+        let ended = status["ended_sessions"].as_array().map_or(0, Vec::len);
+        assert_eq!(ended, 2, "{status:#}");
+    }
+    let _ = std::fs::remove_file(SEMAPHORE);
+}
+
+/// Starts a server, and waits until it listens.
+fn serve(bed: &Bed, endpoint: &Endpoint<'_>, command: &[&str]) -> Running {
+    let server = bed.serve(endpoint, command[0], &command[1..]);
+    server.unwrap_or_else(|e| panic!("{e:#}"))
+}
+
+/// A client's command line: `PEER` is the server's address.
+fn towards(endpoint: &Endpoint<'_>, args: &str) -> Vec<String> {
+    let args = args.replace("PEER", &endpoint.ip.to_string());
+    args.split_ascii_whitespace().map(str::to_owned).collect()
+}
+
+fn start_client(bed: &Bed, server: &Endpoint<'_>, command: &str) -> Running {
+    let words = towards(server, command);
+    let words: Vec<_> = words.iter().map(String::as_str).collect();
+    bed.endpoint().start(words[0], &words[1..]).unwrap()
+}
+
+/// A server and a client, to their good ends.
+fn pair(server: &str, client: &str) -> [Ended; 2] {
+    let bed = bed();
+    pair_on([&bed, &bed], server, client)
+}
+
+fn pair_on([here, there]: [&Bed; 2], server: &str, client: &str) -> [Ended; 2] {
+    let endpoint = here.endpoint();
+    let words: Vec<_> = server.split_ascii_whitespace().collect();
+    let server = serve(here, &endpoint, &words);
+    let client = start_client(there, &endpoint, client).wait(DEADLINE);
+    let client = client.and_then(Ended::success);
+    let client = client.unwrap_or_else(|e| panic!("{e:#}"));
+    let server = server.wait(DEADLINE).and_then(Ended::success);
+    let server = server.unwrap_or_else(|e| panic!("{e:#}\nclient: {client}"));
+    [server, client]
+}
+
+/// Its streams are checked byte by byte with `-T v`.
+#[test]
+fn rstream_in_all_its_modes() {
+    if !have("rstream") {
+        return;
+    }
+    for mode in ["", "-T a", "-T b", "-T n", "-T a -T n", "-T r", "-k 1"] {
+        let both = format!("-T v {mode} -C 50 -I 20");
+        for size in ["1", "64", "5000", "300000"] {
+            let both = format!("{both} -S {size}");
+            let client = format!("rstream -s PEER {both}");
+            let said = pair(&format!("rstream {both}"), &client);
+            for side in said {
+                assert!(side.stdout.contains("custom"), "{side}");
+                assert!(!side.stdout.contains("error"), "{side}");
+            }
+        }
+    }
+}
+
+#[test]
+fn rstream_with_buffers_and_inline_data_of_other_sizes() {
+    if !have("rstream") {
+        return;
+    }
+    for sizes in ["-B 2048", "-B 4000000", "-i 1", "-i 200", "-B 1 -i 0"] {
+        let both = format!("-T v {sizes} -C 20 -I 20 -S 20000");
+        pair(
+            &format!("rstream {both}"),
+            &format!("rstream -s PEER {both}"),
+        );
+    }
+}
+
+#[test]
+fn streams_between_hosts() {
+    if !have("rstream") || !Hosts::can("rsockets between hosts") {
+        return;
+    }
+    for (mtu, loss) in [(9000, 0), (1500, 20)] {
+        let hosts = Hosts::new(mtu).unwrap();
+        hosts.lose(0, loss).unwrap();
+        hosts.lose(1, loss).unwrap();
+        let beds = [hosts.bed(0), hosts.bed(1)];
+        for more in ["-S 1", "-S 5000 -T a", "-S 300000 -T b"] {
+            let both = format!("-T v -C 20 -I 10 {more}");
+            let client = format!("rstream -s PEER {both}");
+            pair_on(beds, &format!("rstream {both}"), &client);
+        }
+    }
+}
+
+#[test]
+fn riostream() {
+    if !have("riostream") {
+        return;
+    }
+    for mode in ["", "-T a", "-T b", "-T n"] {
+        for size in ["64", "5000", "200000"] {
+            let both = format!("-T v {mode} -C 20 -I 20 -S {size}");
+            pair(
+                &format!("riostream {both}"),
+                &format!("riostream -s PEER {both}"),
+            );
+        }
+    }
+}
+
+#[test]
+fn rcopy_copies_a_large_file() {
+    if !have("rcopy") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+    let mut state = 1_u64;
+    let bytes: Vec<u8> = std::iter::repeat_with(|| {
+        // Knuth's generator: no two pages are alike.
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        state.to_le_bytes()
+    })
+    .take(8 << 20)
+    .flatten()
+    .collect();
+    std::fs::write(&from, &bytes).unwrap();
+    let bed = bed();
+    let endpoint = bed.endpoint();
+    // It serves until it is killed.
+    let _server = serve(&bed, &endpoint, &["rcopy"]);
+    let client = format!("rcopy {} PEER:{}", from.display(), to.display());
+    let client = start_client(&bed, &endpoint, &client).wait(DEADLINE);
+    let said = client.and_then(Ended::success);
+    let said = said.unwrap_or_else(|e| panic!("{e:#}"));
+    let copied = std::fs::read(&to).unwrap();
+    assert!(copied == bytes, "{} bytes arrived: {said}", copied.len());
+}
+
+/// Whichever side is killed, the other one is told soon. (Without blocking, rstream takes the end of
+/// a stream for one that has nothing yet.)
+#[test]
+fn the_peer_of_a_program_that_is_killed_ends() {
+    if !have("rstream") {
+        return;
+    }
+    for mode in ["-T a", "-T b"] {
+        for kill_server in [false, true] {
+            let bed = bed();
+            let endpoint = bed.endpoint();
+            let both = format!("{mode} -C 1000 -I 1000000000 -S 5000");
+            let server = format!("rstream {both}");
+            let words: Vec<_> = server.split_ascii_whitespace().collect();
+            let server = serve(&bed, &endpoint, &words);
+            let client = start_client(&bed, &endpoint, &format!("rstream -s PEER {both}"));
+            // Both have queue pairs, and so are connected or about to be.
+            bed.wait_for_status(|status| count(status, "qps") >= 2, DEADLINE)
+                .unwrap();
+            let (mut victim, other) = match kill_server {
+                true => (server, client),
+                false => (client, server),
+            };
+            victim.signal(Signal::KILL);
+            victim.reap(DEADLINE).unwrap();
+            let said = other.wait(DEADLINE).unwrap();
+            assert!(!said.status.success(), "{said}");
+        }
+    }
+}
+
+fn preloads() -> bool {
+    let there = Path::new(PRELOAD).exists();
+    if !there {
+        skip("librspreload", &format!("there is no {PRELOAD}"));
+    }
+    there
+}
+
+#[test]
+fn iperf3_under_librspreload() {
+    if !have("iperf3") || !preloads() {
+        return;
+    }
+    for more in ["", "-R", "-P 4", "-w 4096 -l 1000", "--bidir"] {
+        let [_, client] = pair(
+            &format!("env LD_PRELOAD={PRELOAD} iperf3 -s -1"),
+            &format!("env LD_PRELOAD={PRELOAD} iperf3 -c PEER -n 4M {more}"),
+        );
+        for end in ["sender", "receiver"] {
+            assert!(client.stdout.contains(end), "{client}");
+        }
+    }
+}
+
+#[test]
+fn iperf3_is_told_of_a_peer_that_is_killed() {
+    if !have("iperf3") || !preloads() {
+        return;
+    }
+    let preload = format!("LD_PRELOAD={PRELOAD}");
+    let bed = bed();
+    let endpoint = bed.endpoint();
+    let mut server = serve(&bed, &endpoint, &["env", &preload, "iperf3", "-s"]);
+    let client = format!("env {preload} iperf3 -c PEER -t 1000 --forceflush");
+    let client = start_client(&bed, &endpoint, &client);
+    client.wait_for("0.00-1.0", DEADLINE).unwrap();
+    server.signal(Signal::KILL);
+    server.reap(DEADLINE).unwrap();
+    let said = client.wait(DEADLINE).unwrap();
+    assert!(!said.status.success(), "{said}");
+    assert!(said.stderr.contains("error"), "{said}");
+}
+
+/// A client in Python; its server is the checker, as Python accepts by `accept4`, which
+/// librspreload of rdma-core 44 leaves to the system.
+#[test]
+fn python_under_librspreload() {
+    const PYTHON: &str = "/usr/bin/python3";
+    const SCRIPT: &str = "
+import hashlib, os, socket, sys
+s = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+data = os.urandom(1 << 20) * 8
+s.sendall(data)
+s.shutdown(socket.SHUT_WR)
+back = b''
+while True:
+    part = s.recv(100000)
+    if not part:
+        break
+    back += part
+print('same' if back == data else f'{len(back)} bytes')
+";
+    if !have("gcc") || !Path::new(PYTHON).exists() || !preloads() {
+        skip(
+            "python under librspreload",
+            "gcc or python3 is not installed",
+        );
+        return;
+    }
+    let bed = bed();
+    let endpoint = bed.endpoint();
+    let port = "4711";
+    let ip = endpoint.ip.to_string();
+    let server = serve(&bed, &endpoint, &[checker(), &ip, "echo", port]);
+    let preload = format!("LD_PRELOAD={PRELOAD}");
+    let client = bed.endpoint();
+    let args = [&preload, PYTHON, "-c", SCRIPT, &ip, port];
+    let said = client.run("env", &args).unwrap_or_else(|e| panic!("{e:#}"));
+    assert_eq!(said.stdout.trim(), "same", "{said}");
+    let said = server.wait(DEADLINE).and_then(Ended::success);
+    no_check_failed(&said.unwrap_or_else(|e| panic!("{e:#}")));
+}
