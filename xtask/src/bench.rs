@@ -572,6 +572,48 @@ impl Bench {
         Ok([get("p50_us")?, get("p99_us")?])
     }
 
+    /// Streams of rsockets, beside the same queue pairs without them and beside TCP.
+    fn rsocket(&mut self) -> Result<()> {
+        let pair = TcpPair::new(MTU)?;
+        let (mut ours, mut verbs, mut tcp) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..self.runs {
+            let args = ["-S", "64", "-C", "1", "-I", "20000"];
+            ours.push(measure::rstream(&self.bed, &args)?.0);
+            let args = ["-s", "64", "-n", "20000"];
+            for (_, us, _) in measure::latency(&self.bed, "ib_send_lat", &args)? {
+                verbs.push(us);
+            }
+            tcp.push(measure::tcp_latency(&pair, 64)?);
+        }
+        let ours = (measure::median(ours), "us");
+        let double = Target::AtMost(2.0, "at most 2");
+        let verbs = ("ib_send_lat", measure::median(verbs));
+        self.row("rstream 64 B", ours, verbs, double);
+        let half = Target::AtMost(0.5, "at most 0.5");
+        let tcp = ("TCP over veth", measure::median(tcp));
+        self.row("rstream 64 B", ours, tcp, half);
+
+        let (mut ours, mut verbs, mut tcp) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..self.runs {
+            let args = ["-S", "65536", "-C", "1000", "-I", "20"];
+            ours.push(measure::rstream(&self.bed, &args)?.1);
+            let args = ["-s", "65536", "-n", "20000", "-N"];
+            for (_, rate, _) in measure::bandwidth(&self.bed, "ib_write_bw", &args)? {
+                verbs.push(rate);
+            }
+            tcp.push(measure::tcp_rate(&pair, 65_536)?);
+        }
+        let ours = (measure::median(ours), "MiB/s");
+        // Each byte is copied into the stream and out of it, beside the router's copy.
+        let third = Target::AtLeast(0.3, "at least 0.3");
+        let verbs = ("ib_write_bw", measure::median(verbs));
+        self.row("rstream 65536 B", ours, verbs, third);
+        let twice = Target::AtLeast(2.0, "at least 2");
+        let tcp = ("TCP over veth", measure::median(tcp));
+        self.row("rstream 65536 B", ours, tcp, twice);
+        Ok(())
+    }
+
     /// Processor time of a router with many idle queue pairs.
     fn idle(&mut self) -> Result<()> {
         let program = self.own.display().to_string();
@@ -628,7 +670,7 @@ fn cpu_seconds(pid: u32) -> Result<f64> {
 
 type Part = (&'static str, fn(&mut Bench) -> Result<()>);
 
-const PARTS: [Part; 13] = [
+const PARTS: [Part; 14] = [
     ("bandwidth", Bench::bandwidth),
     ("latency", Bench::latency),
     ("message rate", Bench::message_rate),
@@ -636,6 +678,7 @@ const PARTS: [Part; 13] = [
     ("registration", Bench::registration),
     ("control", Bench::control),
     ("flood", Bench::flood),
+    ("rsocket", Bench::rsocket),
     ("idle", Bench::idle),
     ("scale", Bench::scale),
     ("hosts", Bench::hosts),

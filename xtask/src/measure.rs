@@ -1,7 +1,7 @@
 //! Running the programs that measure, and reading their figures.
 
 use anyhow::{Context, Result, bail};
-use freeflow_tests::{Bed, Ended, Hosts, TcpPair};
+use freeflow_tests::{Bed, DEADLINE, Ended, Hosts, TcpPair};
 
 /// Where a pair of programs can run.
 pub(crate) trait Pair {
@@ -79,6 +79,24 @@ fn parse_rows(text: &str) -> Vec<Vec<f64>> {
             numbers.filter(|n| n.len() >= 5)
         })
         .collect()
+}
+
+/// What rstream measured on two endpoints: microseconds for each message, and MiB/s.
+pub(crate) fn rstream(bed: &Bed, args: &[&str]) -> Result<(f64, f64)> {
+    let server_at = bed.endpoint();
+    let server = bed.serve(&server_at, "rstream", args)?;
+    let ip = server_at.ip.to_string();
+    let client = bed
+        .endpoint()
+        .run("rstream", &[&["-s", &ip], args].concat())?;
+    server.wait(DEADLINE)?.success()?;
+    let row = client.stdout.lines().nth(1).unwrap_or_default();
+    let mut words = row.split_ascii_whitespace().rev();
+    let mut last = || words.next().and_then(|word| word.parse::<f64>().ok());
+    let (Some(us), Some(gigabits)) = (last(), last()) else {
+        bail!("rstream printed no figures: {client}");
+    };
+    Ok((us, gigabits * 1e9 / 8.0 / f64::from(1 << 20)))
 }
 
 /// One-way latency of TCP messages of `bytes` between two network namespaces, in us, by qperf.
