@@ -224,6 +224,7 @@ static struct pair connected(void)
 	CHECK(ibv_query_qp(pair.active->qp, &attr, 0, &init) == 0);
 	CHECK(attr.qp_state == IBV_QPS_RTS && attr.dest_qp_num == pair.passive->qp->qp_num);
 	CHECK(attr.max_rd_atomic == 5 && attr.max_dest_rd_atomic == 3);
+	CHECK(attr.qp_access_flags & IBV_ACCESS_REMOTE_READ);
 	CHECK(ibv_query_qp(pair.passive->qp, &attr, 0, &init) == 0);
 	CHECK(attr.qp_state == IBV_QPS_RTS && attr.dest_qp_num == pair.active->qp->qp_num);
 	CHECK(attr.max_rd_atomic == 3 && attr.max_dest_rd_atomic == 5);

@@ -267,7 +267,7 @@ pub(super) unsafe fn ready_to_receive(id: *mut rdma_cm_id, resources: u8) -> Res
         if queue_pair.is_null() {
             return Ok(());
         }
-        // Its rights may have changed since.
+        // When it was created there was no connection, whose parameters say what peers may do.
         move_to(id, queue_pair, QpState::Init, |_| {})?;
         move_to(id, queue_pair, QpState::Rtr, |attr| {
             if resources != RDMA_MAX_RESP_RES {
