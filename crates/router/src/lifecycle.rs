@@ -114,7 +114,9 @@ impl Engine {
             self.end_session(session, EndReason::EndpointRemoved);
         }
         if let Some(e) = self.endpoints.get_mut(endpoint) {
+            // Nobody is at its addresses any more.
             e.removed = true;
+            e.underlay = None;
             self.by_gid.remove(&(e.tenant, e.gid));
         }
         self.forget(endpoint);
