@@ -171,6 +171,28 @@ fn a_process_that_dies_is_told_of_on_the_other_host() {
 }
 
 #[test]
+fn who_disconnects_from_an_endpoint_that_is_gone_is_answered() {
+    let mut pair = Pair::new();
+    let (id, _) = pair.connected();
+    let [here, there] = &mut pair.hosts;
+    let session = pair.programs[1].process.session;
+    let endpoint = there.engine.sessions.get(session).unwrap().endpoint;
+    there.engine.remove_endpoint(endpoint);
+    // What it said in the end is lost.
+    there.engine.cm.abroad.take();
+    let a = &pair.programs[0];
+    a.done(here, CmRequest::Disconnect { id });
+    for one in here.engine.cm.abroad.take() {
+        let drops = give(there, HERE, &one.payload, QKEY);
+        assert_eq!(drops.unknown_qp, 1);
+    }
+    for one in there.engine.cm.abroad.take() {
+        assert_eq!(give(here, THERE, &one.payload, QKEY), Drops::default());
+    }
+    a.expect(here, Kind::Disconnected, 0);
+}
+
+#[test]
 fn a_host_that_dies_is_found_out() {
     let mut pair = Pair::new();
     let (id, _) = pair.connected();

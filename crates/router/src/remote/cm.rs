@@ -9,7 +9,7 @@ use freeflow_cm::{Arrival, Port};
 use freeflow_fabric_udp::{Ecn, Received, To};
 use freeflow_transport::{Datagrams, Destination, Work, accept_datagram};
 use freeflow_types::{AddressVector, GRH_BYTES, Gid, Opcode, VirtualIp};
-use freeflow_wire::cm::{QKEY, QPN};
+use freeflow_wire::cm::{Drep, Mad, Message, QKEY, QPN};
 
 use super::{Network, Payload};
 use crate::datagram::{grh_addresses, grh_bytes};
@@ -154,6 +154,39 @@ impl Engine {
         self.run_cm();
     }
 
+    /// Nobody has the address any more that a message is for: what was connected with it has ended,
+    /// and who asks for the end is told so.
+    fn answer_for_the_gone(&mut self, host: IpAddr, tenant: &str, ends: (Gid, Gid), mad: &[u8]) {
+        let Ok(Mad {
+            transaction,
+            modifier,
+            message: Message::Dreq(dreq),
+        }) = Mad::parse(mad)
+        else {
+            return;
+        };
+        let message = Message::Drep(Drep {
+            local_id: dreq.remote_id,
+            remote_id: dreq.local_id,
+            private: [0; 224],
+        });
+        let answer = Mad {
+            transaction,
+            modifier,
+            message,
+        };
+        if let Ok(mad) = answer.emit() {
+            let (from, to) = ends;
+            let av = AddressVector {
+                dgid: to,
+                ..AddressVector::default()
+            };
+            let grh = grh_bytes(from, &av, mad.len() as u64);
+            let payload = [&grh[..], &tag(tenant), &mad].concat();
+            self.cm.abroad.push(host, payload);
+        }
+    }
+
     fn local_underlay_ports(&self) -> Vec<Port> {
         let Some(local) = self.underlay_address() else {
             return Vec::new();
@@ -192,6 +225,9 @@ impl Engine {
             return None;
         }
         let here = self.by_gid.get(&(id, to)).copied();
+        if here.is_none() {
+            self.answer_for_the_gone(packet.src, tenant, (to, source), mad);
+        }
         let ports = here.and_then(|e| self.cm_port(e, 0)).into_iter().collect();
         Some((Arrival { ports, source }, mad))
     }
