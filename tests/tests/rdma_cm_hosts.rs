@@ -87,9 +87,9 @@ fn connections_come_about_although_packets_are_lost() {
         return;
     }
     for host in [0, 1] {
-        hosts.lose(host, 100).unwrap();
+        hosts.lose(host, 50).unwrap();
     }
-    pair(&hosts, "ucmatose", "-c 20 -C 2", "-c 20 -C 2 -s PEER");
+    pair(&hosts, "ucmatose", "-c 10 -C 2", "-c 10 -C 2 -s PEER");
     assert_ne!(hosts.lost(0).unwrap() + hosts.lost(1).unwrap(), 0);
 }
 
