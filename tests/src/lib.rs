@@ -4,6 +4,7 @@
 //! what was skipped and says so at its end. Every wait has a deadline.
 
 mod bed;
+mod compiled;
 mod footprint;
 mod fuse;
 mod hosts;
@@ -19,6 +20,7 @@ pub mod raw;
 pub mod rig;
 
 pub use bed::{Bed, Endpoint, Lasting, count, dist};
+pub use compiled::compiled;
 pub use footprint::Footprint;
 pub use fuse::StuckFile;
 pub use hosts::{Hosts, Trust, Underlay};

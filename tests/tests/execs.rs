@@ -1,25 +1,15 @@
 //! A process that executes itself anew while its threads use devices: see `c/execs.c`.
 
-use std::path::Path;
 use std::process::Command;
 
-use freeflow_tests::{Bed, DEADLINE, Running, dist, have};
+use freeflow_tests::{Bed, DEADLINE, Running, compiled, dist};
 use serde_json::Value;
 
 #[test]
 fn each_program_image_of_a_process_has_its_own_session() {
-    if !have("gcc") {
+    let Some(program) = compiled("execs") else {
         return;
-    }
-    let dir = tempfile::tempdir().expect("a temporary directory");
-    let program = dir.path().join("execs");
-    let mut gcc = Command::new("gcc");
-    gcc.args(["-O1", "-g", "-Wall", "-Wextra", "-Werror", "-o"])
-        .arg(&program)
-        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("c/execs.c"))
-        .args(["-libverbs", "-lpthread"]);
-    let compiled = Running::start(&mut gcc).and_then(|gcc| gcc.wait(DEADLINE)?.success());
-    compiled.expect("the program compiles");
+    };
     let bed = Bed::new().expect("a router starts");
     let endpoint = bed.lasting_endpoint("execs").unwrap();
     let mut command = Command::new(program);

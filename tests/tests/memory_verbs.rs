@@ -1,38 +1,13 @@
 //! The memory verbs as an unmodified C program sees them: see `c/memory_verbs.c`.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::OnceLock;
-
-use freeflow_tests::{Bed, DEADLINE, Running, have};
-
-/// The program, compiled against the installed header.
-fn program() -> &'static Path {
-    static PROGRAM: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
-    let (_, program) = PROGRAM.get_or_init(|| {
-        let dir = tempfile::tempdir().expect("a temporary directory");
-        let program = dir.path().join("memory_verbs");
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("c/memory_verbs.c");
-        let mut gcc = Command::new("gcc");
-        gcc.args(["-O1", "-g", "-Wall", "-Wextra", "-Werror", "-o"])
-            .arg(&program)
-            .arg(source)
-            .args(["-libverbs", "-ldl", "-lpthread"]);
-        Running::start(&mut gcc)
-            .and_then(|gcc| gcc.wait(DEADLINE)?.success())
-            .expect("the program compiles");
-        (dir, program)
-    });
-    program
-}
+use freeflow_tests::{Bed, compiled};
 
 fn holds(case: &str) {
-    if !have("gcc") {
+    let Some(program) = compiled("memory_verbs") else {
         return;
-    }
-    let program = program().to_str().expect("a path of text");
+    };
     let bed = Bed::new().expect("a router starts");
-    let said = bed.endpoint().run(program, &[case]).unwrap();
+    let said = bed.endpoint().run(&program, &[case]).unwrap();
     assert_eq!(said.stdout, format!("{case} holds\n"), "{said}");
     assert_eq!(said.stderr, "", "{said}");
     // It broke no rule: its session ended as that of any program does.

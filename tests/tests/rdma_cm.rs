@@ -1,13 +1,13 @@
 //! The connection manager: librdmacm's functions as C programs see them, and unmodified programs
 //! that connect by it, on one host.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
-use std::sync::OnceLock;
 use std::time::Instant;
 
 use freeflow_tests::{
-    Bed, DEADLINE, Ended, Endpoint, Hosts, Running, free_port, have, skip, wait_for_listener_of,
+    Bed, DEADLINE, Ended, Endpoint, Hosts, Running, compiled, free_port, have, skip,
+    wait_for_listener_of,
 };
 use rustix::process::Signal;
 use serde_json::Value;
@@ -16,40 +16,26 @@ fn bed() -> Bed {
     Bed::new().expect("a router starts")
 }
 
-/// The program of tests/c, compiled against the installed headers.
-fn checker() -> &'static Path {
-    static PROGRAM: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
-    let (_, program) = PROGRAM.get_or_init(|| {
-        let dir = tempfile::tempdir().expect("a temporary directory");
-        let program = dir.path().join("rdma_cm");
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("c/rdma_cm.c");
-        let mut gcc = Command::new("gcc");
-        gcc.args(["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror"])
-            .arg("-o")
-            .args([&program, &source])
-            .args(["-libverbs", "-lrdmacm", "-lpthread"]);
-        Running::start(&mut gcc)
-            .and_then(|gcc| gcc.wait(DEADLINE)?.success())
-            .expect("the program compiles");
-        (dir, program)
-    });
-    program
+/// The program of tests/c; none if it cannot be compiled here.
+fn checker() -> Option<String> {
+    compiled("rdma_cm")
 }
 
-fn start_checker(endpoint: &Endpoint<'_>, case: &str) -> Running {
-    let program = checker().to_str().expect("a path of text");
+fn start_checker(program: &str, endpoint: &Endpoint<'_>, case: &str) -> Running {
     let ip = endpoint.ip.to_string();
     let started = endpoint.start(program, &[&ip, case]);
     started.expect("the program starts")
 }
 
 fn holds(case: &str) {
-    if !have("gcc") {
+    let Some(program) = checker() else {
         return;
-    }
+    };
     let bed = bed();
     let endpoint = bed.endpoint();
-    let said = start_checker(&endpoint, case).wait(DEADLINE).unwrap();
+    let said = start_checker(&program, &endpoint, case)
+        .wait(DEADLINE)
+        .unwrap();
     let said = said.success().unwrap_or_else(|e| panic!("{e:#}"));
     assert!(said.stdout.contains(" 0 failed"), "{said}");
     assert_eq!(said.stderr, "", "{said}");
@@ -72,11 +58,11 @@ cases! {
 
 #[test]
 fn a_thread_that_waits_for_events_is_told_that_the_router_died() {
-    if !have("gcc") {
+    let Some(program) = checker() else {
         return;
-    }
+    };
     let mut bed = bed();
-    let running = start_checker(&bed.endpoint(), "router_dies");
+    let running = start_checker(&program, &bed.endpoint(), "router_dies");
     running.wait_for("ready", DEADLINE).unwrap();
     bed.router().signal(Signal::KILL);
     let said = running.wait(DEADLINE).and_then(Ended::success);

@@ -1,12 +1,11 @@
 //! Rsockets: librdmacm's functions as C programs see them, unmodified programs over them, and
 //! programs of TCP's that librspreload puts on them.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::OnceLock;
+use std::path::Path;
 
 use freeflow_tests::{
-    Bed, DEADLINE, Ended, Endpoint, Hosts, Place, Running, count, have, skip, wait_for_listener_of,
+    Bed, DEADLINE, Ended, Endpoint, Hosts, Place, Running, compiled, count, have, skip,
+    wait_for_listener_of,
 };
 use rustix::process::Signal;
 
@@ -17,29 +16,14 @@ fn bed() -> Bed {
     Bed::new().expect("a router starts")
 }
 
-/// The program of tests/c, compiled against the installed headers.
-fn checker() -> &'static str {
-    static PROGRAM: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
-    let (_, program) = PROGRAM.get_or_init(|| {
-        let dir = tempfile::tempdir().expect("a temporary directory");
-        let program = dir.path().join("rsockets");
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("c/rsockets.c");
-        let mut gcc = Command::new("gcc");
-        gcc.args(["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror"])
-            .arg("-o")
-            .args([&program, &source])
-            .args(["-libverbs", "-lrdmacm", "-lpthread"]);
-        Running::start(&mut gcc)
-            .and_then(|gcc| gcc.wait(DEADLINE)?.success())
-            .expect("the program compiles");
-        (dir, program)
-    });
-    program.to_str().expect("a path of text")
+/// The program of tests/c; none if it cannot be compiled here.
+fn checker() -> Option<String> {
+    compiled("rsockets")
 }
 
-fn start_checker(endpoint: &Endpoint<'_>, case: &str) -> Running {
+fn start_checker(program: &str, endpoint: &Endpoint<'_>, case: &str) -> Running {
     let ip = endpoint.ip.to_string();
-    let started = endpoint.start(checker(), &[&ip, case]);
+    let started = endpoint.start(program, &[&ip, case]);
     started.expect("the program starts")
 }
 
@@ -48,11 +32,13 @@ fn no_check_failed(said: &Ended) {
 }
 
 fn holds(case: &str) {
-    if !have("gcc") {
+    let Some(checker) = checker() else {
         return;
-    }
+    };
     let bed = bed();
-    let said = start_checker(&bed.endpoint(), case).wait(DEADLINE).unwrap();
+    let said = start_checker(&checker, &bed.endpoint(), case)
+        .wait(DEADLINE)
+        .unwrap();
     let said = said.success().unwrap_or_else(|e| panic!("{e:#}"));
     no_check_failed(&said);
     assert_eq!(said.stderr, "", "{said}");
@@ -74,11 +60,11 @@ cases! {
 
 #[test]
 fn streams_end_when_the_router_dies() {
-    if !have("gcc") {
+    let Some(checker) = checker() else {
         return;
-    }
+    };
     let mut bed = bed();
-    let running = start_checker(&bed.endpoint(), "router_dies");
+    let running = start_checker(&checker, &bed.endpoint(), "router_dies");
     running.wait_for("ready", DEADLINE).unwrap();
     bed.router().signal(Signal::KILL);
     let said = running.wait(DEADLINE).and_then(Ended::success);
@@ -109,9 +95,9 @@ fn private<'a>(ip: &'a str, command: &[&'a str]) -> Vec<&'a str> {
 /// They begin over UDP.
 #[test]
 fn datagrams() {
-    if !have("gcc") {
+    let Some(checker) = checker() else {
         return;
-    }
+    };
     for place in private_places("datagrams") {
         // Where every user may read it.
         let dir = tempfile::Builder::new()
@@ -119,7 +105,7 @@ fn datagrams() {
             .tempdir_in("/tmp")
             .unwrap();
         let program = dir.path().join("rsockets");
-        std::fs::copy(checker(), &program).unwrap();
+        std::fs::copy(&checker, &program).unwrap();
         let program = program.to_str().unwrap();
         let ip = "10.77.0.1";
         let said = place.clean(&private(ip, &[program, ip, "datagrams"]));
@@ -398,18 +384,20 @@ while True:
     back += part
 print('same' if back == data else f'{len(back)} bytes')
 ";
-    if !have("gcc") || !Path::new(PYTHON).exists() || !preloads() {
-        skip(
-            "python under librspreload",
-            "gcc or python3 is not installed",
-        );
+    let Some(checker) = checker() else {
+        return;
+    };
+    if !Path::new(PYTHON).exists() {
+        return skip("python under librspreload", "python3 is not installed");
+    }
+    if !preloads() {
         return;
     }
     let bed = bed();
     let endpoint = bed.endpoint();
     let port = "4711";
     let ip = endpoint.ip.to_string();
-    let server = serve(&bed, &endpoint, &[checker(), &ip, "echo", port]);
+    let server = serve(&bed, &endpoint, &[&checker, &ip, "echo", port]);
     let preload = format!("LD_PRELOAD={PRELOAD}");
     let client = bed.endpoint();
     let args = [&preload, PYTHON, "-c", SCRIPT, &ip, port];
