@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn main() {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    // Of this run: a build directory may serve several checkouts.
+    let directory = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default();
+    let here = Path::new(&directory);
     let nodes = here.join("nodes.map");
     println!("cargo::rerun-if-changed={}", nodes.display());
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));

@@ -4,7 +4,9 @@
 use std::path::Path;
 
 fn main() {
-    let nodes = Path::new(env!("CARGO_MANIFEST_DIR")).join("nodes.map");
+    // Of this run: a build directory may serve several checkouts.
+    let directory = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default();
+    let nodes = Path::new(&directory).join("nodes.map");
     println!("cargo::rerun-if-changed={}", nodes.display());
     println!(
         "cargo::rustc-cdylib-link-arg=-Wl,--version-script={}",
