@@ -11,6 +11,9 @@ use crate::error::Refused;
 use crate::id::{Event, Id, IdState, Port};
 use crate::ports::Ports;
 
+/// Connections whose time has come that are looked at at a time.
+const DUE_AT_ONCE: usize = 256;
+
 /// Connections of an endpoint whose ids are gone, and whose other side is still to be told. Of
 /// those that are too many, the other side is told once.
 const MAX_LEFT_BEHIND: u32 = 4096;
@@ -126,11 +129,13 @@ impl Manager {
         self.timers.first().map(|&(at, _)| at)
     }
 
-    /// The time has come that [`Self::next_timeout`] names.
+    /// The time has come that [`Self::next_timeout`] names. If very much is due, that is still in
+    /// the past afterwards: others have their turn between.
     pub fn on_timeout(&mut self, now: u64) {
-        while let Some(&(at, local)) = self.timers.first()
-            && at <= now
-        {
+        for _ in 0..DUE_AT_ONCE {
+            let Some(&(at, local)) = self.timers.first().filter(|&&(at, _)| at <= now) else {
+                return;
+            };
             self.with(local, |c, out| c.on_timeout(now, out));
             // A deadline that stands still would be looked at for ever.
             self.timers.remove(&(at, local));
@@ -147,6 +152,12 @@ impl Manager {
         self.ids.get(&id.0)?.port
     }
 
+    /// Whether an id is as far as [`Self::connect`] wants it.
+    pub fn may_connect(&self, id: Handle) -> bool {
+        let id = self.ids.get(&id.0);
+        id.is_some_and(|id| id.state == IdState::RouteResolved)
+    }
+
     /// Whether an id waits for others to connect.
     pub fn is_listening(&self, id: Handle) -> bool {
         let id = self.ids.get(&id.0);
@@ -160,6 +171,9 @@ impl Manager {
 
     /// An endpoint is gone: so are its connections, without a word.
     pub fn forget(&mut self, endpoint: Handle) {
+        if !self.left_behind.contains_key(&endpoint.0) {
+            return;
+        }
         let of = |c: &&Connection| c.port.endpoint == endpoint;
         let gone: Vec<_> = self.connections.values().filter(of).collect();
         let gone: Vec<_> = gone.iter().map(|c| c.local).collect();

@@ -17,7 +17,7 @@ const EPHEMERAL: (u16, u16) = (32_768, 60_999);
 const TRIES: u32 = 1024;
 
 /// Ids that may have a number together.
-const MAX_OWNERS: usize = 1024;
+const MAX_OWNERS: usize = 64;
 
 /// Endpoint, port space, number.
 type Key = (u32, u16, u16);

@@ -443,7 +443,8 @@ impl Manager {
         match option {
             CmOption::Tos(tos) => i.tos = tos,
             CmOption::ReuseAddr(reuse) => {
-                if !reuse && i.state != IdState::Idle {
+                let bound = i.state != IdState::Idle;
+                if bound && (!reuse || i.state == IdState::Listening) {
                     return Err(Refused::State);
                 }
                 i.reuse = reuse;

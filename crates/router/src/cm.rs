@@ -40,6 +40,8 @@ pub(crate) struct CmId {
     /// Numbers of the events that wait there.
     waiting: VecDeque<u64>,
     groups: Vec<Membership>,
+    /// It came with a request that the program has not taken yet: it is not the program's so far.
+    offered: bool,
 }
 
 /// A multicast group that an id has joined.
@@ -54,6 +56,7 @@ impl CmId {
             channel,
             waiting: VecDeque::new(),
             groups: Vec::new(),
+            offered: false,
         }
     }
 }
@@ -196,8 +199,12 @@ impl Engine {
     fn new_peer_id(&mut self, listener: Handle) -> Option<(Handle, u64)> {
         let l = self.cm.ids.get(listener)?;
         let (session, channel) = (l.session, l.channel);
+        if self.has_ended(session) {
+            return None;
+        }
         let entropy = entropy().ok()?;
         let id = self.add_cm_id(session, channel).ok()?;
+        self.cm.ids.get_mut(id)?.offered = true;
         // It is not this session that has asked for something now.
         self.account(session);
         Some((id, entropy))
@@ -234,8 +241,19 @@ impl Engine {
             s.counts.cm_ids -= 1;
         }
         let requests = events.iter().filter_map(|event| event.new_id);
-        let theirs: u32 = requests.map(|request| self.remove_cm_id(request)).sum();
-        events.len() as u32 + theirs
+        let mut count = events.len() as u32;
+        for request in requests {
+            if self.is_offered(old.session, request) {
+                count += self.remove_cm_id(request);
+            }
+        }
+        count
+    }
+
+    /// Whether an id came with a request that its session has not taken yet.
+    fn is_offered(&self, session: Handle, id: Handle) -> bool {
+        let id = self.cm.ids.get(id);
+        id.is_some_and(|id| id.session == session && id.offered)
     }
 
     /// How many of a session's ids listen.
@@ -245,15 +263,22 @@ impl Engine {
         ids.iter().filter(listens).count() as u32
     }
 
-    /// A session ends: its ids and channels go, and whoever they are connected with is told.
-    pub(crate) fn remove_cm_of(&mut self, session: Handle) {
-        for id in self.cm.ids.of(session) {
+    /// A session has ended: some of its ids and channels go, at most so many, and whoever they are
+    /// connected with is told. False if none is left.
+    pub(crate) fn remove_some_cm(&mut self, session: Handle, most: usize) -> bool {
+        let ids = self.cm.ids.some_of(session, most);
+        if ids.is_empty() {
+            let channels = self.cm.channels.some_of(session, most);
+            for &channel in &channels {
+                self.remove_cm_channel(channel);
+            }
+            return !channels.is_empty();
+        }
+        for id in ids {
             self.remove_cm_id(id);
         }
-        for channel in self.cm.channels.of(session) {
-            self.remove_cm_channel(channel);
-        }
         self.run_cm();
+        true
     }
 
     /// An endpoint ends, without sessions by now.

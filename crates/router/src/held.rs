@@ -92,6 +92,10 @@ impl Held {
     }
 }
 
+/// An event of the connection manager that waits takes as much of the heap as so many pieces of
+/// regions.
+pub(crate) const PIECES_OF_AN_EVENT: u64 = 8;
+
 impl Session {
     pub(crate) fn held(&self) -> Held {
         let channels = self.counts.channels + self.counts.cm_channels;
@@ -100,7 +104,10 @@ impl Session {
         Held {
             descriptors: OF_A_SESSION + u64::from(contexts) + u64::from(channels) + areas,
             mapped: self.slabs.mapped() + self.segments.mapped(),
-            pieces: self.counts.pieces + self.slabs.free_ranges() + self.segments.free_ranges(),
+            pieces: self.counts.pieces
+                + self.slabs.free_ranges()
+                + self.segments.free_ranges()
+                + PIECES_OF_AN_EVENT * u64::from(self.counts.cm_events),
         }
     }
 }

@@ -238,8 +238,6 @@ impl Engine {
             slabs,
             segments,
         });
-        // Peers hear of it before their queue pairs find out.
-        self.remove_cm_of(session);
         self.see_off(session, STEPS_AT_ONCE);
     }
 
@@ -260,6 +258,10 @@ impl Engine {
     /// quota, and holds of the router, counts until then.
     fn see_off(&mut self, session: Handle, steps: usize) {
         for _ in 0..steps {
+            // Peers hear of it before their queue pairs find out.
+            if self.remove_some_cm(session, REMOVED_AT_ONCE) {
+                continue;
+            }
             if let Some(&context) = self.contexts.some_of(session, 1).first() {
                 self.remove_context(context, REMOVED_AT_ONCE);
                 continue;

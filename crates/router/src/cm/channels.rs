@@ -147,6 +147,9 @@ impl Engine {
             let session = i.session;
             self.uncount_cm_events(session, 1);
         }
+        if let Some(new) = event.new_id.and_then(|new| self.cm.ids.get_mut(new)) {
+            new.offered = false;
+        }
         if event.event == CmEventType::ConnectRequest {
             self.cm.manager.request_taken(event.id);
         }
@@ -187,6 +190,7 @@ impl Engine {
         let Some(i) = self.cm.ids.get_mut(id) else {
             return 0;
         };
+        let session = i.session;
         let from = std::mem::replace(&mut i.channel, to);
         let numbers = std::mem::take(&mut i.waiting);
         let mut events = Vec::new();
@@ -194,19 +198,8 @@ impl Engine {
             channel.users -= 1;
             events = channel.take_out(&numbers);
         }
-        let count = events.len() as u32;
-        // The ids of requests that wait come along.
-        for request in events.iter().filter_map(|event| event.new_id) {
-            if let Some(r) = self.cm.ids.get_mut(request) {
-                r.channel = to;
-            }
-            if let Some(channel) = self.cm.channels.get_mut(from) {
-                channel.users -= 1;
-            }
-            if let Some(channel) = self.cm.channels.get_mut(to) {
-                channel.users += 1;
-            }
-        }
+        let mut count = events.len() as u32;
+        let requests: Vec<_> = events.iter().filter_map(|event| event.new_id).collect();
         if let Some(channel) = self.cm.channels.get_mut(to) {
             channel.users += 1;
             let data = StreamId::Cm(to).data();
@@ -215,6 +208,12 @@ impl Engine {
             let numbers = numbers.collect();
             if let Some(i) = self.cm.ids.get_mut(id) {
                 i.waiting = numbers;
+            }
+        }
+        // The ids of requests that wait come along, with what happened to them since.
+        for request in requests {
+            if self.is_offered(session, request) {
+                count += self.migrate_cm_id(request, to);
             }
         }
         count

@@ -2,16 +2,17 @@
 
 use std::net::SocketAddr;
 
-use freeflow_cm::Refused;
+use freeflow_cm::{Port, Refused};
 use freeflow_policy::Resource;
 use freeflow_session::{CmRequest, Handle, Reply};
 use freeflow_shm::event_pair;
+use freeflow_types::Qpn;
 use rustix::io::Errno;
 
 use super::{CmChannel, CmId, Membership, entropy};
 use crate::control::{Outcome, created, done};
 use crate::engine::Engine;
-use crate::held::Held;
+use crate::held::{Held, PIECES_OF_AN_EVENT};
 
 /// Events of an id that may wait before it gets no more of those that its program asks for.
 const MAX_WAITING: usize = 256;
@@ -98,6 +99,10 @@ impl Engine {
                 return self.cm_info(id);
             }
             CmRequest::Connect { id, param } => {
+                if !self.cm.manager.may_connect(id) {
+                    return Err(Errno::INVAL);
+                }
+                self.check_cm_qp(session, id, param.qp.qpn)?;
                 let at = self.may_connect(session)?;
                 self.cm.manager.connect(now, at, id, &param)
             }
@@ -143,8 +148,9 @@ impl Engine {
     }
 
     fn own_cm_id(&mut self, session: Handle, id: Handle) -> Result<&mut CmId, Errno> {
-        let id = self.cm.ids.get_mut(id).filter(|id| id.session == session);
-        id.ok_or(Errno::INVAL)
+        let id = self.cm.ids.get_mut(id);
+        let own = id.filter(|id| id.session == session && !id.offered);
+        own.ok_or(Errno::INVAL)
     }
 
     fn own_cm_channel(&mut self, session: Handle, ch: Handle) -> Result<&mut CmChannel, Errno> {
@@ -160,7 +166,7 @@ impl Engine {
         if of_id >= MAX_WAITING || of_session >= MAX_WAITING_SESSION {
             return Err(Errno::NOMEM);
         }
-        Ok(())
+        self.check_session(session, Held::pieces(PIECES_OF_AN_EVENT as usize))
     }
 
     fn cm_info(&self, id: Handle) -> Outcome {
@@ -193,6 +199,22 @@ impl Engine {
         let resolved = manager.resolve_addr(id, (src, own), dst, way);
         resolved.map_err(errno)?;
         done()
+    }
+
+    /// Whether a session may connect an id with a queue pair. By the host's own address, which
+    /// endpoints share, its peer tells connections apart by that number alone: EINVAL, if it is
+    /// another endpoint's.
+    fn check_cm_qp(&mut self, session: Handle, id: Handle, qpn: Qpn) -> Result<(), Errno> {
+        let virtual_port = |port: Port| port.index == 0;
+        if self.cm.manager.port(id).is_none_or(virtual_port) {
+            return Ok(());
+        }
+        let endpoint = self.session_mut(session)?.endpoint;
+        let qp = self.by_qpn.get(&qpn.get()).and_then(|&qp| self.qps.get(qp));
+        match qp {
+            Some(qp) if qp.endpoint != endpoint => Err(Errno::INVAL),
+            _ => Ok(()),
+        }
     }
 
     /// When the endpoint of a session may begin another connection. EAGAIN: never.
