@@ -541,6 +541,14 @@ impl Keeper {
         };
         match what {
             Heard::Hello { incarnation } => {
+                // Whatever comes of this connection: the one that is up is another router's.
+                let other = self.peers.get(&host).and_then(|peer| {
+                    let agreed = peer.agreed.filter(|a| a.incarnation != incarnation);
+                    peer.link.filter(|&link| link != id && agreed.is_some())
+                });
+                if let Some(other) = other {
+                    self.end(other, "another router has begun there", now);
+                }
                 self.observer.greeted(host, incarnation);
                 self.act(id, |connection| {
                     connection.talk.ready(incarnation, now);

@@ -386,6 +386,7 @@ fn a_second_connection_of_the_same_host_takes_the_place_of_the_first() {
     // The host has crashed, and its old connection was never closed.
     let mut new = dial(&net.low, at);
     talk(&mut new, 8);
+    assert_eq!(high.expect(), Told::Down);
     assert_eq!(high.expect(), Told::Greeted(8));
     assert_eq!(high.up().incarnation, 8);
     old.read_to_end(&mut Vec::new()).unwrap();
