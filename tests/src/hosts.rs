@@ -198,15 +198,17 @@ impl Hosts {
     /// Has a host drop so many of a thousand of the RoCEv2 packets, or trains of packets (see
     /// [`Self::send_apart`]), that come to it.
     pub fn lose(&self, host: usize, of_1000: u32) -> Result<()> {
-        self.shell(
-            host,
-            &format!(
-                "nft add table inet loss && nft add chain inet loss input \
-                 '{{ type filter hook input priority 0; }}' && nft add rule inet loss input \
-                 udp dport 4791 numgen random mod 1000 '<' {of_1000} counter drop"
-            ),
-        )
-        .map(drop)
+        // A number is always below 1000, which nft does not want to be asked.
+        let which = match of_1000 {
+            1000.. => String::new(),
+            _ => format!("numgen random mod 1000 '<' {of_1000}"),
+        };
+        let script = format!(
+            "nft add table inet loss && nft add chain inet loss input \
+             '{{ type filter hook input priority 0; }}' && nft add rule inet loss input \
+             udp dport 4791 {which} counter drop"
+        );
+        self.shell(host, &script).map(drop)
     }
 
     /// RoCEv2 packets that [`Self::lose`] has dropped at a host.

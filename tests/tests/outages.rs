@@ -34,9 +34,9 @@ fn set_mtu(hosts: &Hosts, mtu: u32) {
 }
 
 #[test]
-fn a_link_that_becomes_narrower_ends_requests_until_routers_are_told() {
-    let test = "a_link_that_becomes_narrower_ends_requests_until_routers_are_told";
-    let Some(mut hosts) = hosts(test) else { return };
+fn a_link_that_becomes_narrower_ends_requests_until_it_is_wide_again() {
+    let test = "a_link_that_becomes_narrower_ends_requests_until_it_is_wide_again";
+    let Some(hosts) = hosts(test) else { return };
     let timers = Patience {
         timeout: 12,
         retry_cnt: 3,
@@ -49,17 +49,10 @@ fn a_link_that_becomes_narrower_ends_requests_until_routers_are_told() {
     assert_eq!(pair.pass(1024).unwrap(), WcStatus::Success);
     assert_eq!(pair.pass(ALL).unwrap(), WcStatus::RetryExcErr);
     assert_ne!(drops(&hosts, 0, "too_big"), 0);
-    for (mtu, port) in [(1500, 1024), (9000, 4096)] {
-        set_mtu(&hosts, mtu);
-        for host in [0, 1] {
-            hosts.bed_mut(host).router().signal(Signal::HUP);
-            let seen = |status: &serde_json::Value| status["fabric"]["mtu"] == port;
-            hosts.bed(host).wait_for_status(seen, DEADLINE).unwrap();
-        }
-        if have("ib_write_bw") {
-            hosts.pair("ib_write_bw", &["-n", "50"]).unwrap();
-        }
-    }
+    // What routers have agreed on counts as long as they live.
+    set_mtu(&hosts, 9000);
+    let mut pair = Pair::new(&hosts, &timers).unwrap();
+    assert_eq!(pair.pass(ALL).unwrap(), WcStatus::Success);
 }
 
 #[test]
