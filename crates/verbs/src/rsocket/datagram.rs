@@ -419,8 +419,15 @@ impl Source for Inner {
 
     fn unwatch(&mut self, wake: &Arc<Wake>, ready: bool) {
         wait::forget(&mut self.watchers, wake);
+        let mut taken = false;
         if ready {
-            self.paths.iter_mut().for_each(Path::take_events);
+            for path in &mut self.paths {
+                taken |= path.take_events();
+            }
+        }
+        if taken {
+            // No completion raises an event now: who still sleeps has to arm it again.
+            self.watchers.iter().for_each(|wake| wake.wake());
         }
     }
 }

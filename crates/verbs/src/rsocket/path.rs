@@ -266,11 +266,15 @@ impl Path {
         self.events.fd()
     }
 
-    pub(super) fn take_events(&mut self) {
+    /// Takes the events that there are; whether there were any.
+    pub(super) fn take_events(&mut self) -> bool {
+        let mut some = false;
         while self.events.get_event().is_ok() {
             self.cq.ack_events(1);
             self.armed = false;
+            some = true;
         }
+        some
     }
 
     /// Whether all was sent.

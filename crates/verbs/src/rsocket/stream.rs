@@ -278,6 +278,7 @@ impl Source for Inner {
             // Its first message came before its word that it is there.
             let _ = self.id.notify(AsyncEventType::CommEst);
             self.established(&peer);
+            some = true;
         }
         if let Some(link) = self.open() {
             link.take_time();
@@ -324,8 +325,12 @@ impl Source for Inner {
 
     fn unwatch(&mut self, wake: &Arc<Wake>, ready: bool) {
         wait::forget(&mut self.watchers, wake);
-        if ready && let Some(link) = self.open() {
-            link.take_events();
+        if ready
+            && let Some(link) = self.open()
+            && link.take_events()
+        {
+            // No completion raises an event now: who still sleeps has to arm it again.
+            self.watchers.iter().for_each(|wake| wake.wake());
         }
     }
 
