@@ -54,6 +54,8 @@ pub(super) struct Inner {
     queue: VecDeque<(SocketAddr, Vec<u8>)>,
     watchers: Vec<Arc<Wake>>,
     error: Option<Errno>,
+    /// The router is gone: nothing is sent or received any more.
+    lost: Option<Errno>,
     gone: bool,
     pub(super) activity: u64,
 }
@@ -89,6 +91,7 @@ impl DatagramSocket {
                 queue: VecDeque::new(),
                 watchers: Vec::new(),
                 error: None,
+                lost: None,
                 gone: false,
                 activity: 0,
             }),
@@ -146,7 +149,9 @@ impl DatagramSocket {
             if let Some(errno) = inner.error.take() {
                 return Some(Err(errno));
             }
-            let (from, bytes) = inner.queue.front()?;
+            let Some((from, bytes)) = inner.queue.front() else {
+                return inner.lost.map(Err);
+            };
             let (from, len) = (*from, bytes.len().min(to.left()));
             to.each(len, |addr, part| {
                 let part = &bytes[part.offset as usize..][..part.length as usize];
@@ -176,7 +181,10 @@ impl DatagramSocket {
     /// `close(2)`: when what was sent is.
     pub(super) fn close(&self) {
         let deadline = Instant::now() + Duration::from_secs(1);
-        let flushed = |inner: &mut Inner| inner.is_flushed().then_some(());
+        let flushed = |inner: &mut Inner| {
+            let done = inner.lost.is_some() || inner.is_flushed();
+            done.then_some(())
+        };
         while wait_for(self, Some(deadline), flushed) == Err(Errno::INTR) {}
         let mut inner = self.lock();
         inner.gone = true;
@@ -271,6 +279,9 @@ impl Inner {
     ) -> Result<Option<usize>, Errno> {
         if self.gone {
             return Err(Errno::BADF);
+        }
+        if let Some(errno) = self.error.take().or(self.lost) {
+            return Err(errno);
         }
         let to = to.or(self.peer).ok_or(Errno::DESTADDRREQ)?;
         self.destination(to)?;
@@ -413,6 +424,10 @@ impl Source for Inner {
 
     fn watch(&mut self, wake: &Arc<Wake>, fds: &mut Vec<pollfd>) {
         self.watchers.push(wake.clone());
+        if self.lost.is_some() {
+            // The descriptors would be ready for ever.
+            return;
+        }
         fds.push(input(self.udp.as_raw_fd()));
         fds.extend(self.paths.iter().map(|path| input(path.fd())));
     }
@@ -420,12 +435,19 @@ impl Source for Inner {
     fn unwatch(&mut self, wake: &Arc<Wake>, ready: bool) {
         wait::forget(&mut self.watchers, wake);
         let mut taken = false;
+        let mut lost = None;
         if ready {
             for path in &mut self.paths {
-                taken |= path.take_events();
+                match path.take_events() {
+                    Ok(some) => taken |= some,
+                    Err(errno) => lost = Some(errno),
+                }
             }
         }
-        if taken {
+        if self.lost.is_none() && lost.is_some() {
+            self.lost = lost;
+            self.changed();
+        } else if taken {
             // No completion raises an event now: who still sleeps has to arm it again.
             self.watchers.iter().for_each(|wake| wake.wake());
         }
@@ -441,7 +463,7 @@ impl Ready for Inner {
         if self.paths.iter().all(Path::can_send) {
             ready |= POLLOUT;
         }
-        if self.error.is_some() {
+        if self.error.is_some() || self.lost.is_some() {
             ready |= POLLERR | POLLIN;
         }
         ready

@@ -258,7 +258,7 @@ impl Path {
 
     /// Has the next completion raise an event; false: that was so already.
     pub(super) fn arm(&mut self) -> bool {
-        // If it fails, the router is gone, and polling tells.
+        // If it fails, the router is gone, and the channel tells.
         !std::mem::replace(&mut self.armed, true) && self.cq.req_notify(false).is_ok()
     }
 
@@ -266,15 +266,20 @@ impl Path {
         self.events.fd()
     }
 
-    /// Takes the events that there are; whether there were any.
-    pub(super) fn take_events(&mut self) -> bool {
+    /// Takes the events that there are; whether there were any. EIO: the router is gone.
+    pub(super) fn take_events(&mut self) -> Result<bool, Errno> {
         let mut some = false;
-        while self.events.get_event().is_ok() {
-            self.cq.ack_events(1);
-            self.armed = false;
-            some = true;
+        loop {
+            match self.events.get_event() {
+                Ok(_) => {
+                    self.cq.ack_events(1);
+                    self.armed = false;
+                    some = true;
+                }
+                Err(Errno::AGAIN | Errno::INTR) => return Ok(some),
+                Err(errno) => return Err(errno),
+            }
         }
-        some
     }
 
     /// Whether all was sent.
