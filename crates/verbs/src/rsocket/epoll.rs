@@ -11,7 +11,7 @@ use libc::{EPOLLERR, EPOLLET, EPOLLHUP, EPOLLONESHOT, POLLIN, epoll_event, pollf
 use rustix::event::epoll as real;
 
 use super::config::defaults;
-use super::poll::{Entry, Look, check, wait_once};
+use super::poll::{ALWAYS, Entry, Look, check, wait_once};
 use super::table::{Descriptor, find};
 use super::wait::{self, Waits, Wake, input};
 
@@ -74,6 +74,7 @@ impl Epoll {
             .items
             .retain(|_, item| item.socket.strong_count() != 0);
         let socket = match find(fd) {
+            Some(found) if matches!(*found, Descriptor::Inherited(_)) => return Err(Errno::BADF),
             Some(found) if !matches!(*found, Descriptor::Epoll(_)) => found,
             _ => return self.control_other(op, fd, event),
         };
@@ -132,6 +133,7 @@ impl Epoll {
             fd: self.others.as_raw_fd(),
             descriptor: None,
             events: POLLIN,
+            always: ALWAYS,
             revents: 0,
         }];
         let (before, behind) = (
@@ -143,6 +145,7 @@ impl Epoll {
                 fd,
                 descriptor: item.socket.upgrade(),
                 events: item.events as i16,
+                always: ALWAYS,
                 revents: 0,
             };
             let armed = item.events & !(EPOLLET | EPOLLONESHOT) as u32 != 0;
@@ -152,6 +155,7 @@ impl Epoll {
                 {
                     // Nothing has happened since it was told.
                     entry.events &= !told;
+                    entry.always &= !told;
                 }
                 entries.push(entry);
             }
@@ -282,9 +286,7 @@ impl Epoll {
         fds.push(input(self.others.as_fd().as_raw_fd()));
         self.lock().watchers.push(wake.clone());
         for entry in self.entries().iter().skip(1) {
-            if let Some(descriptor) = &entry.descriptor
-                && descriptor.arm(entry.events, wake, fds) != 0
-            {
+            if entry.arm(wake, fds) != 0 {
                 return POLLIN;
             }
         }

@@ -18,7 +18,7 @@ use super::wait::{self, Source, Waits, Wake, entry, input};
 const READ: i16 = POLLIN | POLLRDNORM;
 const WRITE: i16 = POLLOUT | POLLWRNORM;
 /// What is said whether it was asked for or not.
-const ALWAYS: i16 = POLLERR | POLLHUP | POLLNVAL;
+pub(super) const ALWAYS: i16 = POLLERR | POLLHUP | POLLNVAL;
 
 /// What a program waits for.
 pub(super) struct Entry {
@@ -26,6 +26,8 @@ pub(super) struct Entry {
     /// `None`: no rsocket.
     pub(super) descriptor: Option<Arc<Descriptor>>,
     pub(super) events: i16,
+    /// What is said though it was not asked for.
+    pub(super) always: i16,
     pub(super) revents: i16,
 }
 
@@ -35,7 +37,21 @@ impl Entry {
             fd,
             descriptor: find(fd),
             events,
+            always: ALWAYS,
             revents: 0,
+        }
+    }
+
+    /// All that may be said.
+    fn shown(&self) -> i16 {
+        self.events | self.always
+    }
+
+    /// As [`Descriptor::arm`].
+    pub(super) fn arm(&self, wake: &Arc<Wake>, fds: &mut Vec<pollfd>) -> i16 {
+        match &self.descriptor {
+            Some(descriptor) => descriptor.arm(self.shown(), wake, fds),
+            None => 0,
         }
     }
 }
@@ -105,7 +121,7 @@ fn arm<S: Waits<Inner: Ready>>(
     if inner.arm() {
         inner.advance(false);
     }
-    let ready = inner.ready() & (events | ALWAYS);
+    let ready = inner.ready() & events;
     if ready == 0 {
         inner.watch(wake, fds);
     }
@@ -123,7 +139,8 @@ impl Descriptor {
         }
     }
 
-    pub(super) fn arm(&self, events: i16, wake: &Arc<Wake>, fds: &mut Vec<pollfd>) -> i16 {
+    /// Has the thread woken when something happens, unless some of the events are there: those.
+    fn arm(&self, events: i16, wake: &Arc<Wake>, fds: &mut Vec<pollfd>) -> i16 {
         match self {
             Descriptor::Stream(socket) => arm(&**socket, events, wake, fds),
             Descriptor::Datagram(socket) => arm(socket, events, wake, fds),
@@ -154,7 +171,7 @@ pub(super) fn check(entries: &mut [Entry], look: Look) -> Result<usize, Errno> {
     let mut others = Vec::new();
     for e in &mut *entries {
         match &e.descriptor {
-            Some(descriptor) => e.revents = descriptor.ready(look) & (e.events | ALWAYS),
+            Some(descriptor) => e.revents = descriptor.ready(look) & e.shown(),
             None => others.push(entry(e.fd, e.events)),
         }
     }
@@ -194,7 +211,7 @@ pub(super) fn wait_once(
     for e in &mut *entries {
         starts.push(fds.len());
         if let Some(descriptor) = &e.descriptor {
-            e.revents = descriptor.arm(e.events, wake, &mut fds);
+            e.revents = e.arm(wake, &mut fds);
             if e.revents != 0 {
                 ready = true;
                 break;
@@ -225,7 +242,7 @@ pub(super) fn wait_once(
     for (n, e) in entries.iter_mut().enumerate() {
         if let Some(descriptor) = &e.descriptor {
             let look = if is_ready(n) { Look::Yes } else { Look::No };
-            e.revents = descriptor.ready(look) & (e.events | ALWAYS);
+            e.revents = descriptor.ready(look) & e.shown();
         }
     }
     Ok(count(entries))

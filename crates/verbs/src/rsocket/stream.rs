@@ -317,6 +317,11 @@ impl Source for Inner {
 
     fn watch(&mut self, wake: &Arc<Wake>, fds: &mut Vec<pollfd>) {
         self.watchers.push(wake.clone());
+        let broken = |link: &Link| link.stream.phase() == End::Broken;
+        if matches!(self.phase, Phase::Failed) || self.link.as_ref().is_some_and(broken) {
+            // Nothing more happens, and of a router that is gone they would be ready for ever.
+            return;
+        }
         fds.push(input(self.channel.fd()));
         if let Some(link) = &self.link {
             fds.push(input(link.fd()));
