@@ -84,12 +84,17 @@ impl Options {
     }
 
     pub(super) fn send_deadline(&self) -> Option<Instant> {
-        self.send_time.map(|time| Instant::now() + time)
+        deadline(self.send_time)
     }
 
     pub(super) fn receive_deadline(&self) -> Option<Instant> {
-        self.receive_time.map(|time| Instant::now() + time)
+        deadline(self.receive_time)
     }
+}
+
+/// When a time from now is over; `None`: never, or later than can be told.
+pub(super) fn deadline(time: Option<Duration>) -> Option<Instant> {
+    Instant::now().checked_add(time?)
 }
 
 /// The program's value of an option.
@@ -114,7 +119,7 @@ impl Value<'_> {
         Ok(T::try_from(int).unwrap_or(most))
     }
 
-    /// `struct timeval`; of zero, none.
+    /// `struct timeval`; of zero, none. EDOM: it is negative, or has a second of microseconds.
     fn time(&self) -> Result<Option<Duration>, Errno> {
         let (seconds, micros) = self.0.split_at_checked(8).ok_or(Errno::INVAL)?;
         let (Some(seconds), Some(micros)) = (seconds.first_chunk(), micros.first_chunk()) else {
@@ -122,6 +127,9 @@ impl Value<'_> {
         };
         let seconds = u64::try_from(i64::from_ne_bytes(*seconds)).map_err(|_| Errno::DOM)?;
         let micros = u64::try_from(i64::from_ne_bytes(*micros)).map_err(|_| Errno::DOM)?;
+        if micros >= 1_000_000 {
+            return Err(Errno::DOM);
+        }
         let time = Duration::from_secs(seconds) + Duration::from_micros(micros);
         Ok(Some(time).filter(|time| !time.is_zero()))
     }
@@ -346,4 +354,30 @@ pub(super) unsafe fn give(
         *len = n as libc::socklen_t;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn time(seconds: i64, micros: i64) -> Result<Option<Duration>, Errno> {
+        Value(&[seconds.to_ne_bytes(), micros.to_ne_bytes()].concat()).time()
+    }
+
+    #[test]
+    fn times_are_those_of_the_kernel() {
+        assert_eq!(time(0, 0), Ok(None));
+        assert_eq!(time(2, 999_999), Ok(Some(Duration::from_micros(2_999_999))));
+        for (seconds, micros) in [(1, 1_000_000), (1, i64::MAX), (1, -1), (-1, 1)] {
+            assert_eq!(time(seconds, micros), Err(Errno::DOM), "{seconds} {micros}");
+        }
+        assert_eq!(Value(&[0; 15]).time(), Err(Errno::INVAL));
+    }
+
+    #[test]
+    fn the_longest_time_never_ends() {
+        let longest = time(i64::MAX, 999_999).unwrap();
+        assert_eq!(deadline(longest), None);
+        assert!(deadline(time(1, 0).unwrap()).is_some());
+    }
 }
