@@ -115,8 +115,10 @@ impl StreamSocket {
                 }
                 let read = link.read(to);
                 link.stream.consume(read as u32);
-                link.settle()?;
                 done += read;
+                if let Err(errno) = link.settle() {
+                    return Err(inner.broke(errno));
+                }
                 if to.left() == 0 || !how.all {
                     return Ok(Attempt::Done);
                 }
@@ -144,7 +146,9 @@ impl StreamSocket {
                 let Some(write) = link.stream.send(want) else {
                     return Ok(Attempt::Wait);
                 };
-                link.send(&write, from)?;
+                if let Err(errno) = link.send(&write, from) {
+                    return Err(inner.broke(errno));
+                }
                 step = (step * 2).min(Stream::MAX_STEP);
             }
             Ok(Attempt::Done)
@@ -176,7 +180,9 @@ impl StreamSocket {
                 let Some(write) = write.map_err(|_| Errno::INVAL)? else {
                     return Ok(Attempt::Wait);
                 };
-                link.send(&write, from)?;
+                if let Err(errno) = link.send(&write, from) {
+                    return Err(inner.broke(errno));
+                }
                 step = (step * 2).min(Stream::MAX_STEP);
             }
             Ok(Attempt::Done)
@@ -272,6 +278,17 @@ impl StreamSocket {
 }
 
 impl Inner {
+    /// What the stream has accounted for could not be posted: it is unusable, which later calls
+    /// tell too.
+    fn broke(&mut self, errno: Errno) -> Errno {
+        if let Some(link) = &mut self.link {
+            link.stream.fail();
+        }
+        self.error = Some(errno);
+        self.changed();
+        errno
+    }
+
     /// The stream. ENOTCONN: there is none.
     fn connected(&mut self) -> Result<&mut Link, Errno> {
         match self.phase {

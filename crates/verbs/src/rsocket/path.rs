@@ -226,7 +226,10 @@ impl Path {
         };
         let mut queue = self.qp.lock_send();
         // SAFETY: the element lies in the buffer.
-        unsafe { queue.push(&wr, &[sge])? };
+        if let Err(errno) = unsafe { queue.push(&wr, &[sge]) } {
+            self.free.push(slot);
+            return Err(errno);
+        }
         queue.commit();
         Ok(len)
     }
