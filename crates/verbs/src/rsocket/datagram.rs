@@ -27,12 +27,27 @@ use super::path::{Arrived, MAX_DATAGRAM, Path, Remote, resolve};
 use super::poll::Ready;
 use super::wait::{self, Source, Waits, Wake, input, wait_for};
 
+/// Most peers that are remembered though the program has sent them nothing.
+const STRANGERS: usize = 1024;
+
+/// Most UDP datagrams that are taken in at once.
+const UDP_BATCH: usize = 64;
+
+/// How long the way to a peer that the program has sent something may take to be found, and to
+/// another.
+const RESOLVE: Duration = Duration::from_secs(2);
+const RESOLVE_STRANGER: Duration = Duration::from_millis(100);
+
 /// Where a peer is reached.
 struct Destination {
     /// By index of the paths.
     path: usize,
     /// Its queue pair, once that is known.
     remote: Option<Remote>,
+    /// The program has sent it nothing.
+    stranger: bool,
+    /// The way to this stranger was not found: it is not looked for again.
+    unreachable: bool,
 }
 
 pub(super) struct DatagramSocket {
@@ -49,6 +64,8 @@ pub(super) struct Inner {
     pub(super) config: Config,
     paths: Vec<Path>,
     destinations: HashMap<SocketAddr, Destination>,
+    /// How many of them are strangers.
+    strangers: usize,
     peer: Option<SocketAddr>,
     /// What was received and not read, and from whom.
     queue: VecDeque<(SocketAddr, Vec<u8>)>,
@@ -87,6 +104,7 @@ impl DatagramSocket {
                 config: defaults().config,
                 paths: Vec::new(),
                 destinations: HashMap::new(),
+                strangers: 0,
                 peer: None,
                 queue: VecDeque::new(),
                 watchers: Vec::new(),
@@ -112,7 +130,7 @@ impl DatagramSocket {
     pub(super) fn connect(&self, addr: SocketAddr) -> Result<(), Errno> {
         let mut inner = self.lock();
         net::connect(&inner.udp, &addr)?;
-        inner.destination(addr)?;
+        inner.acquaint(addr)?;
         inner.peer = Some(addr);
         Ok(())
     }
@@ -190,6 +208,7 @@ impl DatagramSocket {
         inner.gone = true;
         inner.paths.drain(..).for_each(|path| path.destroy());
         inner.destinations.clear();
+        inner.strangers = 0;
         inner.changed();
     }
 }
@@ -243,6 +262,19 @@ impl Inner {
         Ok(local)
     }
 
+    /// Remembers a peer that the program names.
+    fn acquaint(&mut self, to: SocketAddr) -> Result<(), Errno> {
+        self.destination(to)?;
+        if let Some(destination) = self.destinations.get_mut(&to)
+            && std::mem::take(&mut destination.stranger)
+        {
+            destination.unreachable = false;
+            self.strangers -= 1;
+        }
+        Ok(())
+    }
+
+    /// Remembers a peer, as a stranger if it is new.
     fn destination(&mut self, to: SocketAddr) -> Result<(), Errno> {
         if self.destinations.contains_key(&to) {
             return Ok(());
@@ -266,8 +298,14 @@ impl Inner {
                 self.paths.len() - 1
             }
         };
-        let remote = None;
-        self.destinations.insert(to, Destination { path, remote });
+        let destination = Destination {
+            path,
+            remote: None,
+            stranger: true,
+            unreachable: false,
+        };
+        self.destinations.insert(to, destination);
+        self.strangers += 1;
         Ok(())
     }
 
@@ -284,7 +322,7 @@ impl Inner {
             return Err(errno);
         }
         let to = to.or(self.peer).ok_or(Errno::DESTADDRREQ)?;
-        self.destination(to)?;
+        self.acquaint(to)?;
         let Some(destination) = self.destinations.get(&to) else {
             return Err(Errno::HOSTUNREACH);
         };
@@ -325,48 +363,58 @@ impl Inner {
         }
     }
 
-    /// Takes in a UDP datagram.
-    fn over_udp(&mut self, from: SocketAddr, bytes: &[u8]) -> Result<(), Errno> {
+    /// Takes in a UDP datagram. Anybody may have sent it: what fails for its sake is no error of the
+    /// program's.
+    fn over_udp(&mut self, from: SocketAddr, bytes: &[u8]) {
         let Some((header, payload)) = UdpHeader::split(bytes) else {
-            return Ok(());
+            return;
         };
-        self.destination(from)?;
-        let Some(destination) = self.destinations.get_mut(&from) else {
-            return Ok(());
-        };
-        let path = &self.paths[destination.path];
-        if destination
-            .remote
-            .is_none_or(|remote| remote.qpn != header.qpn)
-        {
-            destination.remote = resolve(path.local, from, header.qpn).ok();
-        }
+        let answer = self.met(from, header.qpn);
         if header.op == UdpOp::Data {
-            let answer = UdpHeader {
-                op: UdpOp::Control,
-                qpn: path.qpn(),
-                addr: path.local.ip(),
-            };
-            let mut bytes = Vec::new();
-            answer.write(&mut bytes);
-            // If it is lost, the next datagram asks again.
-            let _ = sendto(&self.udp, &bytes, SendFlags::NOSIGNAL, &from);
+            if let Some(answer) = answer {
+                let mut bytes = Vec::new();
+                answer.write(&mut bytes);
+                // If it is lost, the next datagram asks again.
+                let _ = sendto(&self.udp, &bytes, SendFlags::NOSIGNAL, &from);
+            }
             self.arrived(from, payload);
         }
-        Ok(())
     }
 
+    /// A peer has told its queue pair: what to answer, unless it is not to be remembered.
+    fn met(&mut self, from: SocketAddr, qpn: u32) -> Option<UdpHeader> {
+        if !self.destinations.contains_key(&from) && self.strangers >= STRANGERS {
+            return None;
+        }
+        self.destination(from).ok()?;
+        let destination = self.destinations.get_mut(&from)?;
+        let path = &self.paths[destination.path];
+        let known = destination.remote.is_some_and(|r| r.qpn == qpn);
+        if !known && !destination.unreachable {
+            let time = match destination.stranger {
+                true => RESOLVE_STRANGER,
+                false => RESOLVE,
+            };
+            destination.remote = resolve(path.local, from, qpn, time).ok();
+            destination.unreachable = destination.stranger && destination.remote.is_none();
+        }
+        Some(UdpHeader {
+            op: UdpOp::Control,
+            qpn: path.qpn(),
+            addr: path.local.ip(),
+        })
+    }
+
+    /// Takes in UDP datagrams, not without end; whether there were any.
     fn take_udp(&mut self) -> bool {
         let mut some = false;
         let mut buffer = [0; MAX_DATAGRAM + UdpHeader::MAX_BYTES];
-        loop {
+        for _ in 0..UDP_BATCH {
             match recvfrom(&self.udp, &mut buffer, RecvFlags::DONTWAIT) {
                 Ok((len, _, Some(from))) => {
                     if let Ok(from) = name(from) {
                         let bytes = buffer;
-                        if let Err(errno) = self.over_udp(from, &bytes[..len]) {
-                            self.error = Some(errno);
-                        }
+                        self.over_udp(from, &bytes[..len]);
                     }
                 }
                 Ok(_) | Err(Errno::INTR) => {}
@@ -378,6 +426,7 @@ impl Inner {
             }
             some = true;
         }
+        some
     }
 
     fn take_arrived(&mut self, at: usize) -> bool {

@@ -32,9 +32,6 @@ const QKEY: u32 = 0x0123_4567;
 /// Marks the number of a receive request.
 const RECEIVE: u64 = 1 << 63;
 
-/// How long the way to a peer may take to be found.
-const RESOLVE: Duration = Duration::from_secs(2);
-
 /// A peer's queue pair.
 #[derive(Clone, Copy)]
 pub(super) struct Remote {
@@ -300,10 +297,15 @@ impl Path {
     }
 }
 
-/// Finds the way from an address to another, for a queue pair that is known.
-pub(super) fn resolve(from: SocketAddr, to: SocketAddr, qpn: u32) -> Result<Remote, Errno> {
+/// Finds the way from an address to another, for a queue pair that is known, in at most that time.
+pub(super) fn resolve(
+    from: SocketAddr,
+    to: SocketAddr,
+    qpn: u32,
+    time: Duration,
+) -> Result<Remote, Errno> {
     let channel = CmChannel::create()?;
-    let found = find(&channel, from, to);
+    let found = find(&channel, from, to, time);
     // A router that is gone has it no more.
     let _ = channel.destroy();
     let port = found?;
@@ -319,20 +321,25 @@ pub(super) fn resolve(from: SocketAddr, to: SocketAddr, qpn: u32) -> Result<Remo
     Ok(Remote { av, qpn })
 }
 
-fn find(channel: &Arc<CmChannel>, mut from: SocketAddr, to: SocketAddr) -> Result<CmPort, Errno> {
+fn find(
+    channel: &Arc<CmChannel>,
+    mut from: SocketAddr,
+    to: SocketAddr,
+    time: Duration,
+) -> Result<CmPort, Errno> {
     set_nonblocking(channel.fd())?;
     let id = channel.create_id(PortSpace::Udp, QpType::Ud, 0)?;
     // The port is the socket's.
     from.set_port(0);
     let resolved = id
-        .resolve_addr(Some(from), to, RESOLVE.as_millis() as u32)
-        .and_then(|()| answer(channel));
+        .resolve_addr(Some(from), to, time.as_millis() as u32)
+        .and_then(|()| answer(channel, time));
     let _ = id.destroy();
     resolved
 }
 
-fn answer(channel: &Arc<CmChannel>) -> Result<CmPort, Errno> {
-    let deadline = Instant::now() + RESOLVE;
+fn answer(channel: &Arc<CmChannel>, time: Duration) -> Result<CmPort, Errno> {
+    let deadline = Instant::now() + time;
     loop {
         match channel.get_event(|_, _| 0) {
             Ok(report) => {
