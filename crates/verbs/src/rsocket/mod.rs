@@ -28,7 +28,7 @@ use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use freeflow_client::Errno;
 
@@ -38,7 +38,7 @@ use datagram::DatagramSocket;
 use epoll::Epoll;
 use options::{SOL_RDMA, Value};
 use poll::{Sets, timeout};
-use stream::StreamSocket;
+use stream::{LEAVE, StreamSocket};
 use table::{Descriptor, find, insert, remove};
 use wait::Waits;
 
@@ -46,11 +46,11 @@ pub(crate) use data::*;
 pub(crate) use table::prepare_for_fork;
 
 extern "C" fn unloaded() {
-    for found in table::streams() {
-        if let Descriptor::Stream(socket) = &*found {
-            socket.leave();
-        }
-    }
+    let streams = table::streams();
+    let streams = streams.iter().filter_map(|found| stream(found).ok());
+    streams.clone().for_each(StreamSocket::part);
+    let deadline = Instant::now() + LEAVE;
+    streams.for_each(|socket| socket.leave(deadline));
 }
 
 /// Called when the program ends by `exit(3)`.

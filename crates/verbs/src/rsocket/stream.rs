@@ -239,19 +239,26 @@ impl StreamSocket {
     }
 }
 
-/// How long a program that ends without `close` waits for what it has sent to arrive.
-const LEAVE: Duration = Duration::from_secs(1);
+/// How long a program that ends without `close` waits for what it has sent to arrive, by all its
+/// sockets together.
+pub(super) const LEAVE: Duration = Duration::from_secs(1);
 
 impl StreamSocket {
-    /// The program ends: what it has sent is to arrive, as TCP's would, and the peer is told. It may
-    /// have been interrupted anywhere, and this thread's variables are gone.
-    pub(super) fn leave(&self) {
+    /// The program ends, and the peer is told. It may have been interrupted anywhere, and this
+    /// thread's variables are gone.
+    pub(super) fn part(&self) {
+        if let Ok(mut inner) = self.inner.try_lock() {
+            inner.advance(true);
+            inner.disconnect();
+        }
+    }
+
+    /// Behind [`Self::part`]: what was sent is to arrive, as TCP's would, if it does until then.
+    pub(super) fn leave(&self, deadline: Instant) {
         let Ok(mut inner) = self.inner.try_lock() else {
             return;
         };
         inner.advance(true);
-        inner.disconnect();
-        let deadline = Instant::now() + LEAVE;
         while let Some(link) = inner.open()
             && !link.stream.is_flushed()
             && let Ok(left) = wait::until(Some(deadline))
