@@ -193,11 +193,10 @@ impl Sending {
         (length, place, at)
     }
 
-    /// Takes a request and a credit for a message with bytes of the protocol. Only if
-    /// [`Self::has_credit`].
+    /// Takes a request for a message with bytes of the protocol, but no credit: the peer gives back
+    /// those of data alone. Only if [`Self::has_credit`].
     pub(crate) fn message(&mut self) {
         self.take(0);
-        self.sequence = self.sequence.wrapping_add(1);
     }
 
     pub(crate) fn direct(&mut self, offset: u64, want: u32) -> Result<Option<Write>, NoMap> {

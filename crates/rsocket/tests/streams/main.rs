@@ -240,6 +240,24 @@ fn a_mapping_is_told_before_what_is_sent_after_it() {
 }
 
 #[test]
+fn mappings_use_no_credits_up() {
+    let mut world = both(TINY);
+    for round in 0..1000 {
+        let index = world.0[1].map(round).expect("a place that was unmapped");
+        world.0[1].settle();
+        world.quiesce().unwrap();
+        assert_eq!(world.0[0].send_at(round, &[1]), Ok(1), "round {round}");
+        world.0[1].stream.unmap_own(index);
+    }
+    transfer(&mut world, 10_000, 100, 100);
+    world.0.swap(0, 1);
+    assert!(world.0[0].stream.can_send());
+    assert_eq!(world.0[0].send(1), 1);
+    world.drain().unwrap();
+    assert_eq!(world.0[1].read, 1);
+}
+
+#[test]
 fn a_peer_that_breaks_the_rules_ends_the_stream() {
     let half = TINY.recv_buffer / 2;
     let mut world = both(TINY);
