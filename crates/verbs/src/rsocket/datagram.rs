@@ -23,6 +23,7 @@ use super::config::defaults;
 use super::device::shared;
 use super::io::How;
 use super::memory::Vectors;
+use super::options::deadline;
 use super::path::{Arrived, MAX_DATAGRAM, Path, Remote, resolve};
 use super::poll::Ready;
 use super::wait::{self, Source, Waits, Wake, input, wait_for};
@@ -67,6 +68,9 @@ pub(super) struct Inner {
     /// How many of them are strangers.
     strangers: usize,
     peer: Option<SocketAddr>,
+    /// `SO_SNDTIMEO` and `SO_RCVTIMEO`.
+    pub(super) send_time: Option<Duration>,
+    pub(super) receive_time: Option<Duration>,
     /// What was received and not read, and from whom.
     queue: VecDeque<(SocketAddr, Vec<u8>)>,
     watchers: Vec<Arc<Wake>>,
@@ -106,6 +110,8 @@ impl DatagramSocket {
                 destinations: HashMap::new(),
                 strangers: 0,
                 peer: None,
+                send_time: None,
+                receive_time: None,
                 queue: VecDeque::new(),
                 watchers: Vec::new(),
                 error: None,
@@ -151,7 +157,7 @@ impl DatagramSocket {
         to: Option<SocketAddr>,
     ) -> Result<usize, Errno> {
         let attempt = |inner: &mut Inner| inner.send(from, to).transpose();
-        self.attempt(how, attempt)
+        self.attempt(how, |inner| inner.send_time, attempt)
     }
 
     /// `recvfrom(2)`: the whole length is not told if it is cut; and from where it came.
@@ -160,36 +166,43 @@ impl DatagramSocket {
         to: &mut Vectors<'_>,
         how: How,
     ) -> Result<(usize, SocketAddr), Errno> {
-        self.attempt(how, |inner| {
-            if inner.gone {
-                return Some(Err(Errno::BADF));
-            }
-            if let Some(errno) = inner.error.take() {
-                return Some(Err(errno));
-            }
-            let Some((from, bytes)) = inner.queue.front() else {
-                return inner.lost.map(Err);
-            };
-            let (from, len) = (*from, bytes.len().min(to.left()));
-            to.each(len, |addr, part| {
-                let part = &bytes[part.offset as usize..][..part.length as usize];
-                // SAFETY: the vectors are memory of the program's that may be written.
-                unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), addr, part.len()) };
-            });
-            if !how.peek {
-                inner.queue.pop_front();
-            }
-            Some(Ok((len, from)))
-        })
+        self.attempt(
+            how,
+            |inner| inner.receive_time,
+            |inner| {
+                if inner.gone {
+                    return Some(Err(Errno::BADF));
+                }
+                if let Some(errno) = inner.error.take() {
+                    return Some(Err(errno));
+                }
+                let Some((from, bytes)) = inner.queue.front() else {
+                    return inner.lost.map(Err);
+                };
+                let (from, len) = (*from, bytes.len().min(to.left()));
+                to.each(len, |addr, part| {
+                    let part = &bytes[part.offset as usize..][..part.length as usize];
+                    // SAFETY: the vectors are memory of the program's that may be written.
+                    unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), addr, part.len()) };
+                });
+                if !how.peek {
+                    inner.queue.pop_front();
+                }
+                Some(Ok((len, from)))
+            },
+        )
     }
 
+    /// Tries until it is done; EAGAIN if that may not take time, or not so long.
     fn attempt<T>(
         &self,
         how: How,
+        time: impl Fn(&Inner) -> Option<Duration>,
         mut attempt: impl FnMut(&mut Inner) -> Option<Result<T, Errno>>,
     ) -> Result<T, Errno> {
         if self.waits(how) {
-            return wait_for(self, None, attempt)?;
+            let deadline = deadline(time(&self.lock()));
+            return wait_for(self, deadline, attempt)?;
         }
         let mut inner = self.lock();
         inner.advance(true);

@@ -284,10 +284,12 @@ impl StreamSocket {
 }
 
 impl DatagramSocket {
-    /// Takes a size that its queue pairs are to have, unless there are some.
+    /// Takes a size that its queue pairs are to have, unless there are some, or how long a call may
+    /// wait.
     pub(super) fn set_size(&self, level: c_int, name: c_int, v: &Value<'_>) -> Result<(), Errno> {
         let mut inner = self.lock();
         let has_paths = inner.has_paths();
+        let inner = &mut *inner;
         let config = &mut inner.config;
         match (level, name) {
             (SOL_RDMA, _) if has_paths => return Err(Errno::INVAL),
@@ -301,6 +303,8 @@ impl DatagramSocket {
             (libc::SOL_SOCKET, libc::SO_RCVBUF) if !has_paths => {
                 config.recv_buffer = v.size(u32::MAX)?.saturating_mul(2).min(Config::MAX_BUFFER);
             }
+            (libc::SOL_SOCKET, libc::SO_SNDTIMEO) => inner.send_time = v.time()?,
+            (libc::SOL_SOCKET, libc::SO_RCVTIMEO) => inner.receive_time = v.time()?,
             _ => {}
         }
         Ok(())
