@@ -175,7 +175,7 @@ impl StreamSocket {
             let link = inner.writable()?;
             while from.left() != 0 {
                 let want = from.left().min(step as usize) as u32;
-                let at = offset + (wanted - from.left()) as u64;
+                let at = offset.wrapping_add((wanted - from.left()) as u64);
                 let write = link.stream.write_at(at, want);
                 let Some(write) = write.map_err(|_| Errno::INVAL)? else {
                     return Ok(Attempt::Wait);
