@@ -79,12 +79,10 @@ impl Epoll {
             _ => return self.control_other(op, fd, event),
         };
         let known = state.items.contains_key(&fd);
-        match (op, known) {
+        let before = match (op, known) {
             (libc::EPOLL_CTL_ADD, true) => return Err(Errno::EXIST),
             (libc::EPOLL_CTL_MOD | libc::EPOLL_CTL_DEL, false) => return Err(Errno::NOENT),
-            (libc::EPOLL_CTL_DEL, true) => {
-                state.items.remove(&fd);
-            }
+            (libc::EPOLL_CTL_DEL, true) => state.items.remove(&fd),
             (libc::EPOLL_CTL_ADD | libc::EPOLL_CTL_MOD, _) => {
                 let event = event.ok_or(Errno::FAULT)?;
                 let item = Item {
@@ -93,9 +91,17 @@ impl Epoll {
                     data: event.u64,
                     told: None,
                 };
-                state.items.insert(fd, item);
+                state.items.insert(fd, item)
             }
             _ => return Err(Errno::INVAL),
+        };
+        if let Some(before) = before.and_then(|item| item.socket.upgrade())
+            && (op == libc::EPOLL_CTL_DEL || !Arc::ptr_eq(&before, &socket))
+        {
+            // `unwatch_all` does not find it any more.
+            for wake in &state.watchers {
+                before.unwatch(wake, false);
+            }
         }
         state.watchers.iter().for_each(|wake| wake.wake());
         Ok(())
