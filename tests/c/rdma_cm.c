@@ -456,8 +456,6 @@ static void errors(void)
 	FAILS(rdma_disconnect(id), EINVAL);
 	FAILS(rdma_resolve_route(id, 1000), EINVAL);
 	FAILS(rdma_get_request(id, &other), EINVAL);
-	inet_pton(AF_INET, "127.0.0.1", &foreign.sin_addr);
-	FAILS(rdma_bind_addr(id, (struct sockaddr *)&foreign), ENODEV);
 	inet_pton(AF_INET, "192.0.2.77", &foreign.sin_addr);
 	FAILS(rdma_bind_addr(id, (struct sockaddr *)&foreign), ENODEV);
 	foreign.sin_family = AF_UNIX;
@@ -499,15 +497,29 @@ static void errors(void)
 	id = new_id(channel, NULL, RDMA_PS_TCP);
 	foreign.sin_family = AF_INET;
 	foreign.sin_port = htons(5);
-	inet_pton(AF_INET, "127.0.0.1", &foreign.sin_addr);
+	inet_pton(AF_INET, "192.0.2.77", &foreign.sin_addr);
 	if (rdma_resolve_addr(id, NULL, (struct sockaddr *)&foreign, 1000) == 0) {
 		event = expect(channel, RDMA_CM_EVENT_ADDR_ERROR);
 		CHECK(event->status < 0);
 		CHECK(rdma_ack_cm_event(event) == 0);
 	} else {
-		CHECK(errno == ENODEV);
+		CHECK(errno == EHOSTUNREACH);
 	}
 	CHECK(rdma_destroy_id(id) == 0);
+
+	/* Loopback is any address to who listens, and to who connects this endpoint's own. */
+	id = new_id(channel, NULL, RDMA_PS_TCP);
+	foreign.sin_port = 0;
+	inet_pton(AF_INET, "127.0.0.1", &foreign.sin_addr);
+	MUST(rdma_bind_addr(id, (struct sockaddr *)&foreign) == 0);
+	CHECK(!id->verbs && rdma_get_src_port(id));
+	MUST(rdma_listen(id, 1) == 0);
+	other = new_id(channel, NULL, RDMA_PS_TCP);
+	foreign.sin_port = rdma_get_src_port(id);
+	MUST(rdma_resolve_addr(other, NULL, (struct sockaddr *)&foreign, 1000) == 0);
+	CHECK(rdma_ack_cm_event(expect(channel, RDMA_CM_EVENT_ADDR_RESOLVED)) == 0);
+	CHECK(other->verbs && other->pd);
+	CHECK(rdma_destroy_id(other) == 0 && rdma_destroy_id(id) == 0);
 	rdma_destroy_event_channel(channel);
 	FAILS(rdma_ack_cm_event(NULL), EINVAL);
 	FAILS(rdma_get_cm_event(NULL, &event), EINVAL);

@@ -164,12 +164,18 @@ impl Id {
     pub(crate) fn takes(&self, port: &Port, to: IpAddr) -> bool {
         let own = self.src.ip();
         let family = own.is_ipv4() == to.is_ipv4();
-        if own.is_unspecified() {
+        if is_any(own) {
             return family || !self.afonly;
         }
         let here = |own: Port| own.index == port.index && own.gid == port.gid;
         family && own == to && self.port.is_some_and(here)
     }
+}
+
+/// Whether an address is none of a device's but means any, as a wildcard does and one of loopback
+/// (Linux: `cma_any_addr`).
+pub fn is_any(ip: IpAddr) -> bool {
+    ip.is_unspecified() || ip.is_loopback()
 }
 
 /// The GID of an address.

@@ -25,7 +25,7 @@ mod receive;
 mod requests;
 
 pub use error::Refused;
-pub use id::{Event, Port};
+pub use id::{Event, Port, is_any};
 pub use manager::{Arrival, Manager, Output};
 pub use receive::NewId;
 

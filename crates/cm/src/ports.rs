@@ -7,7 +7,7 @@ use freeflow_session::{Handle, PortSpace};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Refused;
-use crate::id::{Id, IdState};
+use crate::id::{Id, IdState, is_any};
 
 /// First and last number that is given to who asks for any (Linux: `ip_local_port_range`).
 const EPHEMERAL: (u16, u16) = (32_768, 60_999);
@@ -120,7 +120,7 @@ fn apart(a: &Id, b: &Id) -> bool {
         return true;
     }
     let differ = |a: SocketAddr, b: SocketAddr| {
-        !a.ip().is_unspecified() && !b.ip().is_unspecified() && a.ip() != b.ip()
+        !is_any(a.ip()) && !is_any(b.ip()) && a.ip() != b.ip()
     };
     differ(a.src, b.src) || a.dst.zip(b.dst).is_some_and(|(a, b)| differ(a, b))
 }
@@ -141,7 +141,7 @@ fn check(
         if id.afonly && other.afonly && own.is_ipv4() != others.is_ipv4() {
             continue;
         }
-        if own.is_unspecified() || others.is_unspecified() {
+        if is_any(own) || is_any(others) {
             return Err(Refused::AddressNotAvailable);
         }
         if own == others {

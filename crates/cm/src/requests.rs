@@ -9,7 +9,7 @@ use freeflow_wire::cm::{IpCm, Rej, SidrRep, service_id};
 use crate::connection::{Connection, MAX_RETRIES, RESPONSE_TIMEOUT, State, timeout_ns};
 use crate::error::Refused;
 use crate::handshake::Begin;
-use crate::id::{Event, Id, IdState, Port, UDP_QKEY, gid};
+use crate::id::{Event, Id, IdState, Port, UDP_QKEY, gid, is_any};
 use crate::manager::{Manager, Output};
 
 /// Requests that may wait at a listener (Linux: `max_backlog` of `rdma_ucm`).
@@ -95,7 +95,7 @@ impl Manager {
     }
 
     /// Gives an id an address, on the port that has it: none if that is no address of the
-    /// endpoint's, or a wildcard.
+    /// endpoint's, or means any (see [`is_any`]).
     pub fn bind(
         &mut self,
         id: Handle,
@@ -108,7 +108,7 @@ impl Manager {
         }
         let mut new = old.clone();
         new.src = addr;
-        if !addr.ip().is_unspecified() {
+        if !is_any(addr.ip()) {
             new.port = Some(port.ok_or(Refused::NoDevice)?);
         }
         if !new.afonly_set {
@@ -149,7 +149,11 @@ impl Manager {
                 i.state = IdState::AddrResolved;
                 i.src.set_ip(ip);
                 i.dst = Some(dst);
-                (i.port, i.dgid) = (Some(port), Some(gid(dst.ip())));
+                let dgid = match is_any(dst.ip()) {
+                    true => port.gid,
+                    false => gid(dst.ip()),
+                };
+                (i.port, i.dgid) = (Some(port), Some(dgid));
                 Event::new(CmEventType::AddrResolved, 0)
             }
             Err(status) => Event::new(CmEventType::AddrError, status),

@@ -409,18 +409,13 @@ fn ids_are_refused_what_their_state_does_not_allow() {
 fn addresses_are_the_endpoints_own_and_of_its_tenant() {
     let (mut host, a, b) = two();
     let host = &mut host;
-    for other in ["127.0.0.1", B, "192.0.2.9"] {
+    for other in [B, "192.0.2.9"] {
         let id = a.id(host, PortSpace::Tcp);
         let addr = address(other, PORT);
         let bound = a.info(host, CmRequest::BindAddr { id, addr });
         assert_eq!(bound, Err(Errno::NODEV), "{other}");
     }
-    for (other, status) in [
-        ("127.0.0.1", -19),
-        ("0.0.0.0", -19),
-        ("192.0.2.9", -113),
-        ("fd00::9", -113),
-    ] {
+    for (other, status) in [("192.0.2.9", -113), ("fd00::9", -113)] {
         let id = a.id(host, PortSpace::Tcp);
         a.done(host, resolve(id, other));
         a.expect(host, Kind::AddrError, status);
@@ -443,6 +438,59 @@ fn addresses_are_the_endpoints_own_and_of_its_tenant() {
     let resolved = a.expect(host, Kind::AddrResolved, 0);
     assert_eq!(resolved.info.src, address(A, 4000));
     b.quiet(host);
+}
+
+/// As the kernel's manager has it.
+#[test]
+fn loopback_means_any_address_and_the_endpoint_itself() {
+    let (mut host, a, b) = two();
+    let host = &mut host;
+    for (listens, to) in [
+        ("127.0.0.1", A),
+        ("127.0.0.1", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.2"),
+        (A, "0.0.0.0"),
+        ("::1", "::1"),
+        ("::", "::"),
+    ] {
+        let listener = a.id(host, PortSpace::Tcp);
+        let addr = address(listens, PORT);
+        let bound = a.info(host, CmRequest::BindAddr { id: listener, addr });
+        assert_eq!(bound.unwrap().port.is_some(), listens == A);
+        let request = CmRequest::Listen {
+            id: listener,
+            backlog: 0,
+        };
+        a.info(host, request).unwrap();
+        let id = a.routed(host, PortSpace::Tcp, to);
+        a.connect(host, id, param(1, b""));
+        let event = a.expect(host, Kind::ConnectRequest, 0);
+        assert_eq!(event.info.port.unwrap().sgid, gid(A), "{to}");
+        assert_eq!(event.info.port.unwrap().dgid, Some(gid(A)), "{to}");
+        let peer = event.new_id.unwrap();
+        a.accept(host, peer, param(2, b""));
+        a.expect(host, Kind::ConnectResponse, 0);
+        a.finish(host, id);
+        a.expect(host, Kind::Established, 0);
+        for id in [peer, listener, id] {
+            a.destroy(host, id);
+        }
+    }
+    // It is nobody else's.
+    b.listener(host, PortSpace::Tcp, "127.0.0.1", 0);
+    let id = a.routed(host, PortSpace::Tcp, "127.0.0.1");
+    a.connect(host, id, param(1, b""));
+    a.expect(host, Kind::Rejected, 8);
+    // From its own address it goes there too.
+    let id = a.id(host, PortSpace::Tcp);
+    let request = CmRequest::ResolveAddr {
+        id,
+        src: Some(address(A, 0)),
+        dst: address("127.0.0.1", PORT),
+        timeout_ms: 1,
+    };
+    a.done(host, request);
+    a.expect(host, Kind::AddrResolved, 0);
 }
 
 #[test]

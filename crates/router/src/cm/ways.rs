@@ -1,8 +1,8 @@
 //! Addresses: which are an endpoint's own, and how it reaches others.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use freeflow_cm::{Port, status};
+use freeflow_cm::{Port, is_any, status};
 use freeflow_session::Handle;
 use freeflow_types::{Gid, VirtualIp};
 
@@ -61,6 +61,12 @@ impl Engine {
         to: SocketAddr,
     ) -> Result<(Port, IpAddr), i32> {
         let e = self.endpoints.get(endpoint).ok_or(status::ENODEV)?;
+        if is_any(to.ip()) {
+            // The endpoint itself.
+            let port = from.or_else(|| self.cm_port(endpoint, VIRTUAL));
+            let port = port.ok_or(status::ENODEV)?;
+            return Ok((port, loopback(to.ip())));
+        }
         let gid = Gid::from(VirtualIp(to.ip()));
         let group = gid.is_multicast();
         if !group && !VirtualIp(to.ip()).is_assignable() {
@@ -88,6 +94,14 @@ impl Engine {
             return Err(status::EHOSTUNREACH);
         }
         Ok((port, own))
+    }
+}
+
+/// The address that leads to itself, in the family of another one.
+fn loopback(like: IpAddr) -> IpAddr {
+    match like {
+        IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
     }
 }
 
