@@ -181,8 +181,11 @@ impl Areas {
         if range.len != 0 {
             self.leaving.push(range);
         }
-        // It was handed out. What the system does not take back stays so.
-        let _ = self.give_back(first);
+        // The session may have named its pages twice. What the system does not take back stays
+        // handed out.
+        if self.handed_out(first).is_ok() {
+            let _ = self.give_back(first);
+        }
         true
     }
 
@@ -375,6 +378,22 @@ mod tests {
         let mut byte = [1];
         mapping.read(len - 1, &mut byte).unwrap();
         assert_eq!(byte, [0]);
+    }
+
+    #[test]
+    fn a_large_range_comes_back_once_though_it_is_given_back_twice() {
+        let mut areas = Areas::slabs();
+        let range = areas.alloc(2 * BACK_AT_ONCE).unwrap();
+        let kept = areas.alloc(page_size()).unwrap();
+        // Both were handed out when they were named.
+        areas.free(range).unwrap();
+        areas.free(range).unwrap();
+        while areas.free_some() {}
+        assert_eq!(areas.used(), kept.len);
+        let free = &areas.areas[0].free;
+        assert_eq!(free.by_len.len(), free.free.len());
+        areas.free(kept).unwrap();
+        assert_eq!(areas.used(), 0);
     }
 
     #[test]
