@@ -120,7 +120,6 @@ const LINKS: &[libc::c_long] = &[
     libc::SYS_readv,
     libc::SYS_recvfrom,
     libc::SYS_setsockopt,
-    libc::SYS_socket,
 ];
 
 /// Allowed unless the memory would be executable.
@@ -181,9 +180,32 @@ fn filter(job: Job) -> Result<BpfProgram, seccompiler::BackendError> {
         let not = SeccompCondition::new(PROT, SeccompCmpArgLen::Dword, executable, 0)?;
         rules.insert(call, vec![SeccompRule::new(vec![not])?]);
     }
+    if matches!(job, Job::Links { .. }) {
+        rules.insert(libc::SYS_socket, tcp_alone()?);
+    }
     let refuse = SeccompAction::Errno(libc::EPERM as u32);
     let arch = TargetArch::try_from(std::env::consts::ARCH)?;
     SeccompFilter::new(rules, refuse, SeccompAction::Allow, arch)?.try_into()
+}
+
+/// Sockets of TCP: no others, as Landlock looks at where these connect to and at nothing else. MPTCP,
+/// which it does not know, is another protocol.
+fn tcp_alone() -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
+    const FLAGS: u64 = (libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK) as u64;
+    let is = |argument, op, value: i32| {
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, op, value as u64)
+    };
+    let mut rules = Vec::new();
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        for protocol in [0, libc::IPPROTO_TCP] {
+            rules.push(SeccompRule::new(vec![
+                is(0, SeccompCmpOp::Eq, family)?,
+                is(1, SeccompCmpOp::MaskedEq(!FLAGS), libc::SOCK_STREAM)?,
+                is(2, SeccompCmpOp::Eq, protocol)?,
+            ])?);
+        }
+    }
+    Ok(rules)
 }
 
 #[cfg(test)]
@@ -233,6 +255,11 @@ mod tests {
             connect(router_at).unwrap();
             router.accept().unwrap();
             assert!(std::fs::File::open("/proc/self/maps").is_err());
+            if confinement.seccomp {
+                assert!(std::os::unix::net::UnixStream::pair().is_err());
+                assert!(std::os::unix::net::UnixDatagram::unbound().is_err());
+                assert!(std::net::UdpSocket::bind("127.0.0.1:0").is_err());
+            }
             if confinement.landlock {
                 // Only kernels from 6.7 on look at ports.
                 let knows = Ruleset::default()
