@@ -106,6 +106,11 @@ pub(crate) fn sample(
             shares.lookups += share;
         }
     }
+    if shares.checks == 0.0 || shares.lookups == 0.0 {
+        bail!(
+            "no sample is in one of {CHECKS:?}, or none in one of {LOOKUPS:?}: are they renamed?"
+        );
+    }
     Ok(shares)
 }
 
@@ -159,6 +164,9 @@ fn inlined(binary: &Path, places: impl Iterator<Item = u64>) -> Result<Frames> {
     let writer = std::thread::spawn(move || stdin.write_all(asked.as_bytes()));
     let out = child.wait_with_output()?;
     let _ = writer.join();
+    if !out.status.success() {
+        bail!("addr2line: {}", out.status);
+    }
     let mut all = Frames::new();
     let mut at = 0;
     // An address, then pairs of lines: a function's name, and its file and line.
