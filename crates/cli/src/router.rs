@@ -77,9 +77,8 @@ fn serve(
         config.links = Some(network.links.config(network.underlay, hosts)?);
     }
     let router = Router::start(config)?;
-    if let Some(hosts) = hosts {
-        router.set_hosts(hosts);
-    }
+    // Without a map, too: the port's MTU is that of the link.
+    router.set_hosts(hosts.unwrap_or_default());
     let patience = if embedded {
         PREDECESSOR
     } else {
