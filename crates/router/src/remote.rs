@@ -144,6 +144,8 @@ pub(crate) struct Drops {
     pub(crate) no_address: u64,
     /// A datagram that nobody whom it is for takes: no receive request, another Q_Key.
     pub(crate) not_taken: u64,
+    /// A packet of this host's for which the sockets had no room.
+    pub(crate) no_room: u64,
 }
 
 /// The way to other hosts.
@@ -220,6 +222,7 @@ impl Network {
             ("refused", drops.refused),
             ("no_address", drops.no_address),
             ("not_taken", drops.not_taken),
+            ("no_room", drops.no_room),
             ("damaged", drops.damaged),
             ("bad_icrc", received.bad_icrc),
             ("truncated", received.truncated),
@@ -543,9 +546,10 @@ impl Engine {
                     self.network.full = matches!(fabric.flush(self.now), Ok(Progress::Blocked));
                 }
                 Err(PushError::Payload(unreadable)) => return Err(unreadable),
-                _ => break,
+                _ => return Ok(()),
             }
         }
+        self.network.drops.no_room += 1;
         Ok(())
     }
 

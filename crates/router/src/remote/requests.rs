@@ -70,7 +70,7 @@ impl Engine {
         }
         let (mut packets, mut bytes) = (0, 0);
         let mut located = None;
-        while packets < PACKETS_PER_STEP && bytes < TURN_BYTES {
+        while packets < PACKETS_PER_STEP && bytes < TURN_BYTES && !self.network.full {
             let mut events = std::mem::take(&mut remote.events);
             let next = remote.requester.as_mut();
             let next = next.and_then(|r| r.next_packet(now, &mut events));

@@ -295,7 +295,7 @@ impl Engine {
         fabric: &mut RoceFabric,
     ) -> Step {
         let (mut packets, mut bytes) = (0, 0);
-        while packets < PACKETS_PER_STEP && bytes < TURN_BYTES {
+        while packets < PACKETS_PER_STEP && bytes < TURN_BYTES && !self.network.full {
             let Some(reply) = remote.responder.next_reply() else {
                 break;
             };
