@@ -17,6 +17,7 @@
 mod attr;
 mod connection;
 mod error;
+mod gone;
 mod handshake;
 mod id;
 mod manager;
@@ -25,6 +26,7 @@ mod receive;
 mod requests;
 
 pub use error::Refused;
+pub use gone::answer_for_the_gone;
 pub use id::{Event, Port, is_any};
 pub use manager::{Arrival, Manager, Output};
 pub use receive::NewId;

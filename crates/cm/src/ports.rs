@@ -119,9 +119,8 @@ fn apart(a: &Id, b: &Id) -> bool {
     if to_a != 0 && to_b != 0 && to_a != to_b {
         return true;
     }
-    let differ = |a: SocketAddr, b: SocketAddr| {
-        !is_any(a.ip()) && !is_any(b.ip()) && a.ip() != b.ip()
-    };
+    let differ =
+        |a: SocketAddr, b: SocketAddr| !is_any(a.ip()) && !is_any(b.ip()) && a.ip() != b.ip();
     differ(a.src, b.src) || a.dst.zip(b.dst).is_some_and(|(a, b)| differ(a, b))
 }
 

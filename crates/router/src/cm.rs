@@ -12,7 +12,7 @@ mod ways;
 
 use std::collections::VecDeque;
 
-use freeflow_cm::{Arrival, Manager, Output, Port};
+use freeflow_cm::{Arrival, Manager, Output, Port, answer_for_the_gone};
 use freeflow_policy::Resource;
 use freeflow_session::{CmIdInfo, Handle};
 use freeflow_types::Gid;
@@ -172,14 +172,27 @@ impl Engine {
         let ports = if from.index == 0 {
             let here = self.by_gid.get(&(e.tenant, to));
             here.and_then(|&e| self.cm_port(e, 0)).into_iter().collect()
+        } else if to == from.gid {
+            self.underlay_ports()
         } else {
-            self.underlay_ports(to)
+            Vec::new()
         };
         if ports.is_empty() {
+            if from.index == 0 && !self.network.has_way(&e.tenant_name, to) {
+                return self.send_cm_from_nobody(from, to, mad);
+            }
             return self.cm_abroad(from, to, mad);
         }
         let source = from.gid;
         self.receive_cm(&Arrival { ports, source }, mad);
+    }
+
+    /// Answers a datagram to an address that nobody has any more, here or on another host.
+    fn send_cm_from_nobody(&mut self, from: &Port, to: Gid, mad: &[u8]) {
+        if let Some(answer) = answer_for_the_gone(mad) {
+            let (ports, source) = (vec![*from], to);
+            self.receive_cm(&Arrival { ports, source }, &answer);
+        }
     }
 
     /// A datagram has come; false if it is none of the connection manager's.
@@ -230,6 +243,7 @@ impl Engine {
         let Some(old) = self.cm.ids.remove(id) else {
             return 0;
         };
+        let listened = self.cm.manager.is_listening(id);
         self.cm.manager.destroy(self.now, id);
         let mut events = Vec::new();
         if let Some(channel) = self.cm.channels.get_mut(old.channel) {
@@ -239,6 +253,7 @@ impl Engine {
         self.uncount_cm_events(old.session, events.len() as u32);
         if let Some(s) = self.sessions.get_mut(old.session) {
             s.counts.cm_ids -= 1;
+            s.counts.cm_listeners -= u32::from(listened);
         }
         let requests = events.iter().filter_map(|event| event.new_id);
         let mut count = events.len() as u32;
@@ -254,13 +269,6 @@ impl Engine {
     fn is_offered(&self, session: Handle, id: Handle) -> bool {
         let id = self.cm.ids.get(id);
         id.is_some_and(|id| id.session == session && id.offered)
-    }
-
-    /// How many of a session's ids listen.
-    pub(crate) fn cm_listeners(&self, session: Handle) -> u32 {
-        let ids = self.cm.ids.of(session);
-        let listens = |id: &&Handle| self.cm.manager.is_listening(**id);
-        ids.iter().filter(listens).count() as u32
     }
 
     /// A session has ended: some of its ids and channels go, at most so many, and whoever they are

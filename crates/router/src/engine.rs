@@ -97,6 +97,8 @@ pub(crate) struct Engine {
     pub(crate) tenants: FxHashMap<String, TenantId>,
     pub(crate) endpoints: Table<Endpoint>,
     pub(crate) by_gid: FxHashMap<(TenantId, Gid), Handle>,
+    /// Endpoints that share this host's address in the network between hosts, longest first.
+    pub(crate) sharing: Vec<Handle>,
     pub(crate) sessions: Table<Session>,
     pub(crate) contexts: Table<Context>,
     pub(crate) pds: Table<Pd>,
@@ -162,6 +164,7 @@ impl Engine {
             tenants: FxHashMap::default(),
             endpoints: Table::default(),
             by_gid: FxHashMap::default(),
+            sharing: Vec::new(),
             sessions: Table::default(),
             contexts: Table::default(),
             pds: Table::default(),

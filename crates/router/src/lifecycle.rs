@@ -77,7 +77,7 @@ impl Engine {
             tenant_name: spec.tenant.clone(),
             ip: spec.ip,
             gid,
-            underlay,
+            underlay: None,
             socket: spec.socket.clone(),
             counters: Default::default(),
             ready: VecDeque::new(),
@@ -93,8 +93,19 @@ impl Engine {
             .insert(endpoint)
             .ok_or(RouterError::TooMany)?;
         self.by_gid.insert((tenant, gid), handle);
+        if let Some(ip) = underlay {
+            self.share_address(handle, ip);
+        }
         self.set_quota(handle, &spec.quota);
         Ok(handle)
+    }
+
+    /// Gives an endpoint this host's address as a second GID.
+    pub(crate) fn share_address(&mut self, endpoint: Handle, ip: IpAddr) {
+        if let Some(e) = self.endpoints.get_mut(endpoint) {
+            e.underlay = Some(ip);
+            self.sharing.push(endpoint);
+        }
     }
 
     /// Tenant of an endpoint.
@@ -118,6 +129,7 @@ impl Engine {
             e.removed = true;
             e.underlay = None;
             self.by_gid.remove(&(e.tenant, e.gid));
+            self.sharing.retain(|&sharing| sharing != endpoint);
         }
         self.forget(endpoint);
     }
@@ -314,10 +326,7 @@ impl Engine {
                 socket: e.socket.clone(),
                 sessions: sessions
                     .iter()
-                    .filter_map(|&session| {
-                        let listeners = self.cm_listeners(session);
-                        Some(self.sessions.get(session)?.status(listeners))
-                    })
+                    .filter_map(|&session| Some(self.sessions.get(session)?.status()))
                     .collect(),
                 counters: e.counters.clone(),
                 quota: e.quota_status(),
@@ -352,7 +361,7 @@ impl Engine {
 }
 
 impl Session {
-    fn status(&self, cm_listeners: u32) -> freeflow_api::SessionStatus {
+    fn status(&self) -> freeflow_api::SessionStatus {
         let (posted, posted_bytes) = self.posted.as_ref().map_or((0, 0), Posted::weight);
         freeflow_api::SessionStatus {
             pid: self.peer.pid,
@@ -364,7 +373,7 @@ impl Session {
             paths: Vec::new(),
             srqs: self.counts.srqs,
             cm_ids: self.counts.cm_ids,
-            cm_listeners,
+            cm_listeners: self.counts.cm_listeners,
             mrs: self.counts.mrs + posted,
             registered_bytes: self.counts.registered.saturating_add(posted_bytes),
             foreign_bytes: self.counts.foreign,

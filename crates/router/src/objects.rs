@@ -185,6 +185,8 @@ pub(crate) struct Counts {
     pub(crate) xrcds: u32,
     /// Ids and event channels of the connection manager.
     pub(crate) cm_ids: u32,
+    /// Of these, who listens.
+    pub(crate) cm_listeners: u32,
     pub(crate) cm_channels: u32,
     /// Events of these that wait.
     pub(crate) cm_events: u32,

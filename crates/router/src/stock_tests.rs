@@ -42,8 +42,7 @@ impl Bench {
         let mut host = Host::new();
         let endpoint = host.endpoint("10.0.0.1");
         if underlay {
-            let e = host.engine.endpoints.get_mut(endpoint).unwrap();
-            e.underlay = Some(ip(LOCAL));
+            host.engine.share_address(endpoint, ip(LOCAL));
         }
         let process = host.process(endpoint, 0);
         let cq = host.cq(&process);

@@ -193,6 +193,30 @@ fn who_disconnects_from_an_endpoint_that_is_gone_is_answered() {
 }
 
 #[test]
+fn an_address_that_another_host_has_not_is_told_of_at_once() {
+    let mut pair = Pair::new();
+    let [here, there] = &mut pair.hosts;
+    let [a, b] = &pair.programs;
+    let endpoint = there
+        .engine
+        .sessions
+        .get(b.process.session)
+        .unwrap()
+        .endpoint;
+    there.engine.remove_endpoint(endpoint);
+    let id = a.routed(here, PortSpace::Tcp, B);
+    a.connect(here, id, param(3, b""));
+    for one in here.engine.cm.abroad.take() {
+        assert_eq!(give(there, HERE, &one.payload, QKEY).unknown_qp, 1);
+    }
+    for one in there.engine.cm.abroad.take() {
+        assert_eq!(give(here, THERE, &one.payload, QKEY), Drops::default());
+    }
+    a.expect(here, Kind::Rejected, 12);
+    a.quiet(here);
+}
+
+#[test]
 fn a_host_that_dies_is_found_out() {
     let mut pair = Pair::new();
     let (id, _) = pair.connected();
@@ -343,8 +367,7 @@ impl Stock {
 fn underlay() -> (Host, Program) {
     let mut host = host(HERE);
     let endpoint = host.endpoint(A);
-    let e = host.engine.endpoints.get_mut(endpoint).unwrap();
-    e.underlay = Some(ip(HERE));
+    host.engine.share_address(endpoint, ip(HERE));
     let program = program(&mut host, endpoint);
     (host, program)
 }

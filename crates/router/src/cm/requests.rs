@@ -96,6 +96,7 @@ impl Engine {
             }
             CmRequest::Listen { id, backlog } => {
                 manager.listen(id, backlog).map_err(errno)?;
+                self.session_mut(session)?.counts.cm_listeners += 1;
                 return self.cm_info(id);
             }
             CmRequest::Connect { id, param } => {

@@ -8,7 +8,6 @@ use freeflow_types::{Gid, VirtualIp};
 
 use crate::control::node_guid;
 use crate::engine::Engine;
-use crate::objects::Endpoint;
 
 /// Indices of the GIDs.
 const VIRTUAL: u8 = 0;
@@ -31,18 +30,10 @@ impl Engine {
         })
     }
 
-    /// The ports of all endpoints that share this host's address, if that is the one.
-    pub(crate) fn underlay_ports(&self, gid: Gid) -> Vec<Port> {
-        let sharing = |e: &Endpoint| e.underlay_gid() == Some(gid);
-        let endpoints = self.endpoints.iter().filter(|(_, e)| sharing(e));
-        endpoints
-            .filter_map(|(handle, _)| self.cm_port(handle, UNDERLAY))
-            .collect()
-    }
-
-    /// This host's address that endpoints share, if some do.
-    pub(crate) fn underlay_address(&self) -> Option<IpAddr> {
-        self.endpoints.iter().find_map(|(_, e)| e.underlay)
+    /// The ports of all endpoints that share this host's address.
+    pub(crate) fn underlay_ports(&self) -> Vec<Port> {
+        let sharing = self.sharing.iter();
+        sharing.filter_map(|&e| self.cm_port(e, UNDERLAY)).collect()
     }
 
     /// The port that has an address.

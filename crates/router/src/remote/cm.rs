@@ -5,11 +5,11 @@
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv6Addr};
 
-use freeflow_cm::{Arrival, Port};
+use freeflow_cm::{Arrival, Port, answer_for_the_gone};
 use freeflow_fabric_udp::{Ecn, Received, To};
 use freeflow_transport::{Datagrams, Destination, Work, accept_datagram};
 use freeflow_types::{AddressVector, GRH_BYTES, Gid, Opcode, VirtualIp};
-use freeflow_wire::cm::{Drep, Mad, Message, QKEY, QPN};
+use freeflow_wire::cm::{QKEY, QPN};
 
 use super::{Network, Payload};
 use crate::datagram::{grh_addresses, grh_bytes};
@@ -21,6 +21,16 @@ const MAX_WAITING: usize = 4096;
 
 /// The name in front of a datagram that is of no tenant: between underlay's addresses.
 const NO_TENANT: &str = "";
+
+/// A message as it goes to another router: behind its ends' addresses, and the tenant's name.
+fn in_front(from: Gid, to: Gid, tenant: &str, mad: &[u8]) -> Vec<u8> {
+    let av = AddressVector {
+        dgid: to,
+        ..AddressVector::default()
+    };
+    let grh = grh_bytes(from, &av, mad.len() as u64);
+    [&grh[..], &tag(tenant), mad].concat()
+}
 
 /// Datagrams on their way to other hosts.
 pub(crate) struct Abroad {
@@ -86,12 +96,7 @@ impl Engine {
             return;
         }
         let payload = if self.network.map.segments.contains_key(&host) {
-            let av = AddressVector {
-                dgid: to,
-                ..AddressVector::default()
-            };
-            let grh = grh_bytes(from.gid, &av, mad.len() as u64);
-            [&grh[..], &tag(tenant), mad].concat()
+            in_front(from.gid, to, tenant, mad)
         } else {
             mad.to_vec()
         };
@@ -106,7 +111,10 @@ impl Engine {
         let Some(mut fabric) = self.network.fabric.take() else {
             return;
         };
-        for one in std::mem::take(&mut self.cm.abroad.waiting) {
+        // What there is no room for goes with a later round.
+        while !self.network.full
+            && let Some(one) = self.cm.abroad.waiting.pop_front()
+        {
             let len = one.payload.len() as u32;
             let work = Work::new(Opcode::Send, len);
             let to = Destination {
@@ -142,7 +150,7 @@ impl Engine {
                 None => return,
             }
         } else {
-            let ports = self.local_underlay_ports();
+            let ports = self.underlay_ports();
             let source = host;
             (Arrival { ports, source }, packet.payload)
         };
@@ -154,44 +162,12 @@ impl Engine {
         self.run_cm();
     }
 
-    /// Nobody has the address any more that a message is for: what was connected with it has ended,
-    /// and who asks for the end is told so.
+    /// Nobody has the address that a message is for.
     fn answer_for_the_gone(&mut self, host: IpAddr, tenant: &str, ends: (Gid, Gid), mad: &[u8]) {
-        let Ok(Mad {
-            transaction,
-            modifier,
-            message: Message::Dreq(dreq),
-        }) = Mad::parse(mad)
-        else {
-            return;
-        };
-        let message = Message::Drep(Drep {
-            local_id: dreq.remote_id,
-            remote_id: dreq.local_id,
-            private: [0; 224],
-        });
-        let answer = Mad {
-            transaction,
-            modifier,
-            message,
-        };
-        if let Ok(mad) = answer.emit() {
+        if let Some(mad) = answer_for_the_gone(mad) {
             let (from, to) = ends;
-            let av = AddressVector {
-                dgid: to,
-                ..AddressVector::default()
-            };
-            let grh = grh_bytes(from, &av, mad.len() as u64);
-            let payload = [&grh[..], &tag(tenant), &mad].concat();
-            self.cm.abroad.push(host, payload);
+            self.cm.abroad.push(host, in_front(from, to, tenant, &mad));
         }
-    }
-
-    fn local_underlay_ports(&self) -> Vec<Port> {
-        let Some(local) = self.underlay_address() else {
-            return Vec::new();
-        };
-        self.underlay_ports(Gid::from(VirtualIp(local)))
     }
 
     /// For whom a datagram of another router is, by what stands in front of it.
@@ -209,7 +185,8 @@ impl Engine {
                 self.network.drops.wrong_host += 1;
                 return None;
             }
-            let ports = self.underlay_ports(to);
+            let mut ports = self.underlay_ports();
+            ports.retain(|port| port.gid == to);
             return Some((Arrival { ports, source }, mad));
         }
         if !self.network.peers.believes(packet.src) {

@@ -1,0 +1,47 @@
+//! Answers in the name of an address that nobody has.
+
+use freeflow_wire::cm::{Drep, Mad, Message, Rej, Rejected, SidrRep};
+
+use crate::connection::emit;
+
+/// What a message is answered with that is for an address which nobody has, or has any more, so
+/// that its sender does not wait in vain: who asks for a connection or a service is rejected, and
+/// who asks for an end is told that it has come. None if nobody waits for an answer.
+pub fn answer_for_the_gone(mad: &[u8]) -> Option<Vec<u8>> {
+    let mad = Mad::parse(mad).ok()?;
+    let reject = |(local_id, remote_id), message, reason| {
+        Message::Rej(Rej {
+            local_id,
+            remote_id,
+            message,
+            info_len: 0,
+            reason,
+            info: [0; 72],
+            private: [0; 148],
+        })
+    };
+    let answer = match mad.message {
+        Message::Req(req) => reject((0, req.local_id), Rejected::Req, Rej::INVALID_GID),
+        Message::Rep(rep) => {
+            let names = (rep.remote_id, rep.local_id);
+            reject(names, Rejected::Rep, Rej::INVALID_COMM_ID)
+        }
+        Message::Dreq(dreq) => Message::Drep(Drep {
+            local_id: dreq.remote_id,
+            remote_id: dreq.local_id,
+            private: [0; 224],
+        }),
+        Message::SidrReq(req) => Message::SidrRep(SidrRep {
+            request_id: req.request_id,
+            status: SidrRep::UNSUPPORTED,
+            info_len: 0,
+            qpn: 0,
+            service_id: req.service_id,
+            qkey: 0,
+            info: [0; 72],
+            private: [0; 136],
+        }),
+        _ => return None,
+    };
+    emit(mad.transaction, mad.modifier, answer)
+}
