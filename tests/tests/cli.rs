@@ -605,3 +605,41 @@ fn the_program_ends_with_freeflow_run() {
     // The embedded router, too, as its last endpoint is gone.
     wait_until("all have ended", DEADLINE, || family.iter().all(gone)).unwrap();
 }
+
+#[test]
+fn a_router_without_a_map_knows_the_mtu_of_its_link() {
+    let test = "a router without a map";
+    if !is_root() {
+        return skip(test, "only root makes network namespaces here");
+    }
+    if !["unshare", "ip", "ibv_devinfo"].into_iter().all(have) {
+        return;
+    }
+    let place = Place::ours().unwrap();
+    for (mtu, active) in [(1500, "1024 (3)"), (9000, "4096 (5)")] {
+        let dir = tempfile::tempdir().unwrap();
+        let freeflow = format!(
+            "{} --runtime-dir {}",
+            place.binary().display(),
+            dir.path().display()
+        );
+        let script = format!(
+            "set -e
+             ip link add d0 mtu {mtu} type veth peer name d1 mtu {mtu}
+             ip addr add 192.0.2.9/24 dev d0
+             ip link set d0 up; ip link set d1 up
+             {freeflow} router --underlay 192.0.2.9 > /dev/null &
+             router=$!
+             trap 'kill $router' EXIT
+             until {freeflow} status > /dev/null 2>&1; do kill -0 $router; sleep 0.1; done
+             {freeflow} run --underlay-gid -- ibv_devinfo"
+        );
+        let mut command = std::process::Command::new("unshare");
+        command.args(["-n", "sh", "-c", &script]);
+        let said = Running::start(&mut command).unwrap().wait(DEADLINE);
+        let said = said.and_then(Ended::success);
+        let said = said.unwrap_or_else(|e| panic!("{e:#}"));
+        let line = said.stdout.lines().find(|l| l.contains("active_mtu"));
+        assert!(line.is_some_and(|l| l.contains(active)), "{said}");
+    }
+}
