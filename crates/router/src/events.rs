@@ -58,23 +58,54 @@ impl StreamId {
     }
 }
 
-/// The router's end of a stream.
+/// The router's end of a socket to a program. It never waits for the program: what there is no
+/// room for comes when the engine's thread is told of room.
+#[derive(Debug)]
+pub(crate) struct Outlet {
+    socket: OwnedFd,
+    /// Whether it is in the epoll set.
+    known: bool,
+}
+
+impl Outlet {
+    pub(crate) fn new(socket: OwnedFd) -> Result<Self, Errno> {
+        set_socket_send_buffer_size(&socket, SOCKET_BYTES)?;
+        let known = false;
+        Ok(Outlet { socket, known })
+    }
+
+    /// Sends a packet; false if there is no room. A reader that is gone wants none.
+    pub(crate) fn pass(&self, bytes: &[u8]) -> bool {
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        let sent = rustix::net::send(&self.socket, bytes, flags);
+        !matches!(sent, Err(Errno::AGAIN | Errno::NOBUFS))
+    }
+
+    /// Has the engine's thread woken once, when there is room.
+    pub(crate) fn watch(&mut self, set: &OwnedFd, data: u64) {
+        let flags = EventFlags::OUT | EventFlags::ONESHOT;
+        let data = EventData::new_u64(data);
+        let watched = if self.known {
+            epoll::modify(set, &self.socket, data, flags)
+        } else {
+            epoll::add(set, &self.socket, data, flags)
+        };
+        self.known |= watched.is_ok();
+    }
+}
+
+/// A stream of events.
 #[derive(Debug)]
 pub(crate) struct Stream {
-    socket: OwnedFd,
+    outlet: Outlet,
     waiting: VecDeque<[u8; Event::BYTES]>,
-    /// Whether its socket is in the epoll set.
-    known: bool,
 }
 
 impl Stream {
     pub(crate) fn new(socket: OwnedFd) -> Result<Self, Errno> {
-        set_socket_send_buffer_size(&socket, SOCKET_BYTES)?;
-        Ok(Stream {
-            socket,
-            waiting: VecDeque::new(),
-            known: false,
-        })
+        let outlet = Outlet::new(socket)?;
+        let waiting = VecDeque::new();
+        Ok(Stream { outlet, waiting })
     }
 
     /// Events that wait.
@@ -86,10 +117,10 @@ impl Stream {
     fn send(&mut self, event: Event, more: bool, set: &OwnedFd, data: u64) {
         let bytes = event.encode();
         if self.waiting.is_empty() {
-            if self.pass(&bytes) {
+            if self.outlet.pass(&bytes) {
                 return;
             }
-            self.watch(set, data);
+            self.outlet.watch(set, data);
         }
         if more && self.waiting.len() < MAX_WAITING {
             self.waiting.push_back(bytes);
@@ -99,30 +130,11 @@ impl Stream {
     /// Sends what waits, as far as there is room; the rest when there is room again.
     fn flush(&mut self, set: &OwnedFd, data: u64) {
         while let Some(bytes) = self.waiting.front() {
-            if !self.pass(bytes) {
-                return self.watch(set, data);
+            if !self.outlet.pass(bytes) {
+                return self.outlet.watch(set, data);
             }
             self.waiting.pop_front();
         }
-    }
-
-    /// Without blocking; false if there is no room. A reader that is gone wants no event.
-    fn pass(&self, bytes: &[u8]) -> bool {
-        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-        let sent = rustix::net::send(&self.socket, bytes, flags);
-        !matches!(sent, Err(Errno::AGAIN | Errno::NOBUFS))
-    }
-
-    /// Has the engine's thread woken once, when there is room.
-    fn watch(&mut self, set: &OwnedFd, data: u64) {
-        let flags = EventFlags::OUT | EventFlags::ONESHOT;
-        let data = EventData::new_u64(data);
-        let watched = if self.known {
-            epoll::modify(set, &self.socket, data, flags)
-        } else {
-            epoll::add(set, &self.socket, data, flags)
-        };
-        self.known |= watched.is_ok();
     }
 }
 

@@ -6,30 +6,22 @@ use std::os::fd::OwnedFd;
 
 use freeflow_cm::Event;
 use freeflow_session::{CmDetail, CmEvent, CmEventType, Handle};
-use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
-use rustix::net::SendFlags;
-use rustix::net::sockopt::set_socket_send_buffer_size;
 
 use crate::engine::Engine;
-use crate::events::StreamId;
+use crate::events::{Outlet, StreamId};
 use crate::table::Owned;
-
-/// Bytes of the kernel's memory that packets may take which are not read.
-const SOCKET_BYTES: usize = 4096;
 
 /// An event channel.
 pub(crate) struct CmChannel {
     session: Handle,
-    socket: OwnedFd,
+    outlet: Outlet,
     /// In line, by numbers that their ids know.
     events: BTreeMap<u64, CmEvent>,
     /// Number of the next one.
     next: u64,
     /// Packets for which there was no room.
     owed: u32,
-    /// Whether the socket is in the epoll set.
-    known: bool,
     /// Ids whose events come here.
     pub(super) users: u32,
 }
@@ -42,14 +34,12 @@ impl Owned for CmChannel {
 
 impl CmChannel {
     pub(super) fn new(session: Handle, socket: OwnedFd) -> Result<Self, Errno> {
-        set_socket_send_buffer_size(&socket, SOCKET_BYTES)?;
         Ok(CmChannel {
             session,
-            socket,
+            outlet: Outlet::new(socket)?,
             events: BTreeMap::new(),
             next: 0,
             owed: 0,
-            known: false,
             users: 0,
         })
     }
@@ -84,25 +74,11 @@ impl CmChannel {
     /// again.
     fn show(&mut self, set: &OwnedFd, data: u64) {
         while self.owed != 0 {
-            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-            match rustix::net::send(&self.socket, &[1], flags) {
-                Err(Errno::AGAIN | Errno::NOBUFS) => return self.watch(set, data),
-                // A reader that is gone wants no event.
-                _ => self.owed -= 1,
+            if !self.outlet.pass(&[1]) {
+                return self.outlet.watch(set, data);
             }
+            self.owed -= 1;
         }
-    }
-
-    /// Has the engine's thread woken once, when there is room.
-    fn watch(&mut self, set: &OwnedFd, data: u64) {
-        let flags = EventFlags::OUT | EventFlags::ONESHOT;
-        let data = EventData::new_u64(data);
-        let watched = if self.known {
-            epoll::modify(set, &self.socket, data, flags)
-        } else {
-            epoll::add(set, &self.socket, data, flags)
-        };
-        self.known |= watched.is_ok();
     }
 }
 
