@@ -5,6 +5,8 @@
 #[cfg(test)]
 mod abroad_tests;
 mod channels;
+#[cfg(test)]
+mod programs;
 mod requests;
 #[cfg(test)]
 mod tests;

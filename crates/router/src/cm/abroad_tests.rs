@@ -10,7 +10,7 @@ use freeflow_transport::{Datagrams, Destination, Work};
 use freeflow_types::{Mtu, Opcode, QpState, QpType};
 use freeflow_wire::cm::{QKEY, QPN};
 
-use super::tests::{A, B, PORT, Program, SECOND, address, gid, param, program};
+use super::programs::{A, B, PORT, Program, SECOND, address, gid, param, program};
 use crate::remote::{Drops, Map};
 use crate::testbed::Host;
 use crate::{EndReason, Hosts};
