@@ -46,13 +46,14 @@ pub(crate) struct HeldBack {
 impl Engine {
     /// Adds a completion.
     pub(crate) fn complete(&mut self, cq: Handle, entry: &CompletionEntry, solicited: bool) {
+        // What the library finds in the rings of a session that has ended does not change any more.
+        let session = self.cqs.get(cq).map(|c| c.session);
+        if session.is_none_or(|session| self.has_ended(session)) {
+            return;
+        }
         let Some(c) = self.cqs.get_mut(cq) else {
             return;
         };
-        // What the library finds in the rings of a session that has ended does not change any more.
-        if !self.leaving.is_empty() && self.sessions.get(c.session).is_none_or(|s| s.ended) {
-            return;
-        }
         let index = c.produced;
         let Some(ring) = c.ring() else { return };
         if c.overrun || ring.is_full(index) {

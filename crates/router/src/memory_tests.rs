@@ -20,6 +20,7 @@ use crate::EndpointSpec;
 use crate::engine::Engine;
 use crate::foreign::{ForeignMemory, Opener};
 use crate::objects::Peer;
+use crate::testbed::steps_to_rts;
 use crate::watch::Progress;
 
 pub(crate) const PAGE: u64 = 4096;
@@ -185,31 +186,8 @@ impl Host {
             },
             ..QpAttr::default()
         };
-        let steps = [
-            (QpState::Reset, Mask::empty()),
-            (
-                QpState::Init,
-                Mask::PKEY_INDEX | Mask::PORT | Mask::ACCESS_FLAGS,
-            ),
-            (
-                QpState::Rtr,
-                Mask::AV
-                    | Mask::PATH_MTU
-                    | Mask::DEST_QPN
-                    | Mask::RQ_PSN
-                    | Mask::MAX_DEST_RD_ATOMIC
-                    | Mask::MIN_RNR_TIMER,
-            ),
-            (
-                QpState::Rts,
-                Mask::TIMEOUT
-                    | Mask::RETRY_CNT
-                    | Mask::RNR_RETRY
-                    | Mask::SQ_PSN
-                    | Mask::MAX_QP_RD_ATOMIC,
-            ),
-        ];
-        for (state, mask) in steps {
+        let reset = [(QpState::Reset, Mask::empty())];
+        for (state, mask) in reset.into_iter().chain(steps_to_rts(QpType::Rc)) {
             let attr = QpAttr { state, ..attr };
             let mask = mask | Mask::STATE;
             self.ask(Request::ModifyQp { qp, attr, mask }).unwrap();

@@ -10,14 +10,14 @@ use freeflow_link::Agreed;
 use freeflow_session::{Reply, Request};
 use freeflow_shm::CompletionEntry;
 use freeflow_types::{
-    AddressVector, Gid, Mtu, Psn, QpAttr, QpAttrMask as Mask, QpState, QpType, VirtualIp, WcStatus,
+    AddressVector, Gid, Mtu, Psn, QpAttr, QpAttrMask as Mask, QpType, VirtualIp, WcStatus,
     timeout_ns,
 };
 use freeflow_wire::{Aeth, Bth, BthOpcode, Headers, Syndrome, tenant_pkey};
 
 use crate::Hosts;
 use crate::remote::{Drops, Map, RoceFabric};
-use crate::testbed::{Cq, Host, Made, Process};
+use crate::testbed::{Cq, Host, Made, Process, steps_to_rts};
 
 const LOCAL: &str = "192.0.2.1";
 const PEER: &str = "192.0.2.7";
@@ -120,20 +120,7 @@ impl Bench {
             timeout: TIMEOUT,
             ..QpAttr::default()
         };
-        let (to_rtr, to_rts) = match qp_type {
-            QpType::Uc => (Mask::empty(), Mask::empty()),
-            _ => (
-                Mask::MAX_DEST_RD_ATOMIC | Mask::MIN_RNR_TIMER,
-                Mask::TIMEOUT | Mask::RETRY_CNT | Mask::RNR_RETRY | Mask::MAX_QP_RD_ATOMIC,
-            ),
-        };
-        let init = Mask::PKEY_INDEX | Mask::PORT | Mask::ACCESS_FLAGS;
-        let rtr = Mask::AV | Mask::PATH_MTU | Mask::DEST_QPN | Mask::RQ_PSN;
-        for (state, mask) in [
-            (QpState::Init, init),
-            (QpState::Rtr, rtr | to_rtr),
-            (QpState::Rts, Mask::SQ_PSN | to_rts),
-        ] {
+        for (state, mask) in steps_to_rts(qp_type) {
             let request = Request::ModifyQp {
                 qp: qp.handle,
                 attr: QpAttr { state, ..attr },

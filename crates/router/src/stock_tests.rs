@@ -14,7 +14,7 @@ use freeflow_wire::{Bth, BthOpcode, Headers};
 use rustix::io::Errno;
 
 use crate::remote::{Drops, Map};
-use crate::testbed::{Cq, Host, Made, Process, Srq};
+use crate::testbed::{Cq, Host, Made, Process, Srq, steps_to_rts};
 use crate::{EndpointSpec, Hosts, RouterError};
 
 const QKEY: u32 = 0x1111;
@@ -107,18 +107,12 @@ impl Bench {
             },
             ..QpAttr::default()
         };
-        let init = Mask::PKEY_INDEX | Mask::PORT | Mask::ACCESS_FLAGS;
+        let [(_, init), (_, rtr), _] = steps_to_rts(QpType::Rc);
         self.modify(qp, attr, init).unwrap();
         let attr = QpAttr {
             state: QpState::Rtr,
             ..attr
         };
-        let rtr = Mask::AV
-            | Mask::PATH_MTU
-            | Mask::DEST_QPN
-            | Mask::RQ_PSN
-            | Mask::MAX_DEST_RD_ATOMIC
-            | Mask::MIN_RNR_TIMER;
         self.modify(qp, attr, rtr).map(|()| qp)
     }
 

@@ -64,6 +64,25 @@ pub(crate) struct Srq {
     pub(crate) posted: u64,
 }
 
+/// The attributes that a connected queue pair must be given on its way from RESET to RTS (IBTA volume 1,
+/// 11.2.5.2).
+pub(crate) fn steps_to_rts(qp_type: QpType) -> [(QpState, Mask); 3] {
+    let (to_rtr, to_rts) = match qp_type {
+        QpType::Uc => (Mask::empty(), Mask::empty()),
+        _ => (
+            Mask::MAX_DEST_RD_ATOMIC | Mask::MIN_RNR_TIMER,
+            Mask::TIMEOUT | Mask::RETRY_CNT | Mask::RNR_RETRY | Mask::MAX_QP_RD_ATOMIC,
+        ),
+    };
+    let init = Mask::PKEY_INDEX | Mask::PORT | Mask::ACCESS_FLAGS;
+    let rtr = Mask::AV | Mask::PATH_MTU | Mask::DEST_QPN | Mask::RQ_PSN;
+    [
+        (QpState::Init, init),
+        (QpState::Rtr, rtr | to_rtr),
+        (QpState::Rts, Mask::SQ_PSN | to_rts),
+    ]
+}
+
 impl Host {
     pub(crate) fn new() -> Host {
         let set = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).unwrap());
@@ -204,30 +223,7 @@ impl Host {
             timeout: 10,
             ..QpAttr::default()
         };
-        let steps = [
-            (
-                QpState::Init,
-                Mask::PKEY_INDEX | Mask::PORT | Mask::ACCESS_FLAGS,
-            ),
-            (
-                QpState::Rtr,
-                Mask::AV
-                    | Mask::PATH_MTU
-                    | Mask::DEST_QPN
-                    | Mask::RQ_PSN
-                    | Mask::MAX_DEST_RD_ATOMIC
-                    | Mask::MIN_RNR_TIMER,
-            ),
-            (
-                QpState::Rts,
-                Mask::TIMEOUT
-                    | Mask::RETRY_CNT
-                    | Mask::RNR_RETRY
-                    | Mask::SQ_PSN
-                    | Mask::MAX_QP_RD_ATOMIC,
-            ),
-        ];
-        for (state, mask) in steps {
+        for (state, mask) in steps_to_rts(QpType::Rc) {
             let request = modify(QpAttr { state, ..attr }, mask | Mask::STATE);
             assert_eq!(self.ask(p.session, request), Ok(Reply::Done), "{state:?}");
         }
