@@ -1,34 +1,13 @@
 # The clock of this machine jumps while programs of two hosts talk to each other. $1: the directory
 # with FreeFlow's programs and libraries; $2: how many messages.
 set -u
-. "$VM_LIB"
+. "$(dirname "$0")/hosts.sh"
 freeflow=$1/bin/freeflow
 
 ip netns add h0
 ip netns add h1
 ip link add eth0 mtu 4200 netns h0 type veth peer name eth0 mtu 4200 netns h1
-for i in 0 1; do
-    ip -n h$i addr add 10.88.0.$((i + 1))/24 dev eth0
-    ip -n h$i link set lo up
-    ip -n h$i link set eth0 up
-    echo "default 10.$((i + 1)).0.0/16 10.88.0.$((i + 1))"
-done > /run/hosts
-
-# on HOST ARGUMENT...: freeflow there.
-on() {
-    local host=$1
-    shift
-    ip netns exec h$host "$freeflow" --runtime-dir /run/h$host "$@"
-}
-
-for i in 0 1; do
-    on $i router --underlay 10.88.0.$((i + 1)) --hosts /run/hosts --insecure > /out/router$i 2>&1 &
-    tries=600
-    until on $i status > /dev/null 2>&1; do
-        [ $((tries -= 1)) -gt 0 ] || { cat /out/router$i; exit 1; }
-        sleep 0.1
-    done
-done
+start_hosts
 
 on 0 run --ip 10.1.0.1 -- ibv_rc_pingpong -g 0 -c -e -n "$2" > /out/server 2>&1 &
 server=$!

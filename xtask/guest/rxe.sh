@@ -1,12 +1,14 @@
 # Rates of FreeFlow and of the kernel's rxe, measured in turn on this machine: lines of a name and
-# MiB/s. $1: the directory with FreeFlow's programs and libraries; $2: how often.
+# MiB/s. $1: the directory with FreeFlow's programs and libraries; $2: how often; $3: what netem loses,
+# in per cent, one after the other.
 #
 # rxe0 and rxe1 are at the ends of a veth pair. FreeFlow's hosts are two network namespaces whose
 # veth pairs end in a bridge between them. Where packets are lost, FreeFlow's trains are split
 # (gso_max_segs) before they come there, so that it is single packets, as it is of rxe's.
 set -u
 . "$VM_LIB"
-freeflow=$1/bin/freeflow runs=$2 losses=${3-0 0.1 1 5}
+. "$(dirname "$0")/../../tests/guest/hosts.sh"
+freeflow=$1/bin/freeflow runs=$2 losses=$3
 size=65536
 
 modprobe -a sch_netem bridge || exit 1
@@ -15,62 +17,44 @@ ip netns add mid
 ip -n mid link add br0 type bridge
 ip -n mid link set br0 up
 for i in 0 1; do
-    ns=h$i
-    ip netns add $ns
-    ip link add eth0 mtu 4200 netns $ns type veth peer name p$i mtu 4200 netns mid
-    ip -n $ns addr add 10.88.0.$((i + 1))/24 dev eth0
-    ip -n $ns link set lo up
-    ip -n $ns link set eth0 up
+    ip netns add h$i
+    ip link add eth0 mtu 4200 netns h$i type veth peer name p$i mtu 4200 netns mid
     ip -n mid link set p$i master br0 up
-    echo "default 10.$((i + 1)).0.0/16 10.88.0.$((i + 1))"
-done > /run/hosts
-
-# on HOST ARGUMENT...: freeflow there.
-on() {
-    local host=$1
-    shift
-    ip netns exec h$host "$freeflow" --runtime-dir /run/h$host "$@"
-}
-
-for i in 0 1; do
-    on $i router --underlay 10.88.0.$((i + 1)) --hosts /run/hosts --insecure > /out/router$i 2>&1 &
-    tries=600
-    until on $i status > /dev/null 2>&1; do
-        [ $((tries -= 1)) -gt 0 ] || { cat /out/router$i; exit 1; }
-        sleep 0.1
-    done
 done
+start_hosts
+
+# One of them that hangs does not keep the others from being measured.
+limit="timeout 60"
 
 # Each takes perftest's arguments.
-rxe_server() { ib_write_bw -d rxe1 -x 1 "$@"; }
-rxe_client() { ib_write_bw -d rxe0 -x 1 "$@" 10.77.0.2; }
-local_server() { on 0 run --ip 10.1.0.1 -- ib_write_bw "$@"; }
-local_client() { on 0 run --ip 10.1.0.2 -- ib_write_bw "$@" 10.88.0.1; }
-hosts_server() { on 0 run --ip 10.1.0.1 -- ib_write_bw "$@"; }
-hosts_client() { on 1 run --ip 10.2.0.1 -- ib_write_bw "$@" 10.88.0.1; }
+rxe_server() { $limit ib_write_bw -d rxe1 -x 1 "$@"; }
+rxe_client() { $limit ib_write_bw -d rxe0 -x 1 "$@" 10.77.0.2; }
+server() { on 0 run --ip 10.1.0.1 -- $limit ib_write_bw "$@"; }
+local_client() { on 0 run --ip 10.1.0.2 -- $limit ib_write_bw "$@" 10.88.0.1; }
+hosts_client() { on 1 run --ip 10.2.0.1 -- $limit ib_write_bw "$@" 10.88.0.1; }
 
 port=20000
 
 # rate NAME KIND: for 4 seconds, less one at each end.
 rate() {
-    local name=$1 kind=$2 tries=600 server listens="ss -Hltn"
+    local name=$1 kind=$2 tries=600 pid serve=rxe_server listens="ss -Hltn"
     port=$((port + 1))
-    [ "$kind" = rxe ] || listens="ip netns exec h0 $listens"
+    [ "$kind" = rxe ] || serve=server listens="ip netns exec h0 $listens"
     set -- -s $size -D 6 -f 1 -p $port
-    "${kind}_server" "$@" > /out/server 2>&1 &
-    server=$!
+    $serve "$@" > /out/server 2>&1 &
+    pid=$!
     until $listens "sport = :$port" | grep -q .; do
-        kill -0 $server 2> /dev/null && [ $((tries -= 1)) -gt 0 ] || break
+        kill -0 $pid 2> /dev/null && [ $((tries -= 1)) -gt 0 ] || break
         sleep 0.1
     done
     if "${kind}_client" "$@" > /out/client 2>&1; then
         awk -v name="$name" -v size=$size '$1 == size && NF >= 5 { print name, $4 }' /out/client
     else
-        kill $server
+        kill $pid
         tail -n 5 /out/client /out/server
         echo "$name failed"
     fi
-    wait $server
+    wait $pid
 }
 
 # lose PERCENT: both ways, for both; 0 for none.

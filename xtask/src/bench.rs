@@ -32,11 +32,11 @@ const IDLE_TIME: Duration = Duration::from_secs(10);
 /// Connections that share a link.
 const MANY: usize = 64;
 const MIB: f64 = (1 << 20) as f64;
-/// What is lost of packets, in per cent; what is to be left of the rate, and that as a sentence.
-const LOSSES: [(&str, f64, &str); 3] = [
-    ("0.1", 0.9, "at least 0.9"),
-    ("1", 0.7, "at least 0.7"),
-    ("5", 0.2, "at least 0.2"),
+/// How many of a thousand packets are lost; what is to be left of the rate, and that as a sentence.
+const LOSSES: [(u32, f64, &str); 3] = [
+    (1, 0.9, "at least 0.9"),
+    (10, 0.7, "at least 0.7"),
+    (50, 0.2, "at least 0.2"),
 ];
 /// What a guest needs before it measures, and for each measurement of all there are, at most.
 const GUEST_START: Duration = Duration::from_secs(300);
@@ -298,11 +298,7 @@ impl Bench {
             let hosts = apart()?;
             self.median(|| rate(&hosts))?
         };
-        for (of_1000, part, target) in [
-            (1, 0.9, "at least 0.9"),
-            (10, 0.7, "at least 0.7"),
-            (50, 0.2, "at least 0.2"),
-        ] {
+        for (of_1000, part, target) in LOSSES {
             let hosts = apart()?;
             hosts.lose(0, of_1000)?;
             hosts.lose(1, of_1000)?;
@@ -368,11 +364,15 @@ impl Bench {
         };
         let (script, dist) = (root().join("xtask/guest/rxe.sh"), target().join("dist"));
         let runs = self.runs.to_string();
+        let per_cent = |of_1000: u32| f64::from(of_1000) / 10.0;
+        let losses = LOSSES.map(|(of_1000, ..)| per_cent(of_1000).to_string());
+        let losses = format!("0 {}", losses.join(" "));
         let command = [
             OsStr::new("bash"),
             script.as_os_str(),
             dist.as_os_str(),
             OsStr::new(&runs),
+            OsStr::new(&losses),
         ];
         let limit = GUEST_START + GUEST_RUN * u32::try_from(self.runs)?;
         let outcome = Vm::new(&machine).limit(limit).run(&command)?;
@@ -396,7 +396,8 @@ impl Bench {
             );
             rows.push((name, ("rxe in it".to_owned(), rate("rxe")?), three));
         }
-        for (percent, part, target) in LOSSES {
+        for (of_1000, part, target) in LOSSES {
+            let percent = per_cent(of_1000);
             for (kind, who, target) in [
                 ("hosts", "FreeFlow", Target::AtLeast(part, target)),
                 ("rxe", "rxe", Target::None),
