@@ -437,6 +437,47 @@ fn private_networks(bed: &Bed, test: &str) -> bool {
     line.starts_with("ok")
 }
 
+/// A program that runs as an endpoint in a network of its own.
+fn private(bed: &Bed, ip: &str, command: &[&str]) -> Running {
+    let network = ["run", "--network", "private", "--ip", ip, "--"];
+    Running::start(bed.freeflow().args(network).args(command)).unwrap()
+}
+
+/// Its providers for connections ask for addresses of localhost, its datagrams for none.
+#[test]
+fn libfabric_over_each_of_its_endpoint_types() {
+    if !have("fi_pingpong") {
+        return;
+    }
+    let bed = bed();
+    if !private_networks(&bed, "libfabric") {
+        return;
+    }
+    for (provider, kind, more) in [
+        ("verbs", "msg", &[][..]),
+        ("verbs;ofi_rxm", "rdm", &[]),
+        ("verbs;ofi_rxm", "rdm", &["-m", "tagged"]),
+        ("verbs;ofi_rxd", "rdm", &[]),
+        ("verbs", "dgram", &[]),
+    ] {
+        let port = free_port();
+        let number = port.to_string();
+        let common = ["fi_pingpong", "-p", provider, "-e", kind, "-I", "20", "-c"];
+        let common = [&common[..], more].concat();
+        let serve = [&common[..], &["-B", &number]].concat();
+        let mut server = private(&bed, "10.78.2.1", &serve);
+        assert!(wait_for_listener_of(&mut server, port, DEADLINE));
+        let connect = [&common[..], &["-P", &number, "10.78.2.1"]].concat();
+        let client = private(&bed, "10.78.2.2", &connect);
+        for end in [client, server] {
+            let said = end.wait(DEADLINE).and_then(Ended::success);
+            let said = said.unwrap_or_else(|e| panic!("{provider} {kind}: {e:#}"));
+            assert!(said.stdout.contains("4k "), "{said}");
+            assert!(!said.stdout.contains("rror"), "{said}");
+        }
+    }
+}
+
 /// It measures datagrams by LIDs, which RoCE has not.
 #[test]
 fn qperf_connects_by_the_connection_manager() {
@@ -448,20 +489,7 @@ fn qperf_connects_by_the_connection_manager() {
         return;
     }
     let port = free_port().to_string();
-    let run = |ip: &str, args: &[&str]| {
-        let network = [
-            "run",
-            "--network",
-            "private",
-            "--ip",
-            ip,
-            "--",
-            "qperf",
-            "-lp",
-            &port,
-        ];
-        Running::start(bed.freeflow().args(network).args(args)).unwrap()
-    };
+    let run = |ip, args: &[&str]| private(&bed, ip, &[&["qperf", "-lp", &port], args].concat());
     let mut server = run("10.78.1.1", &[]);
     let listening = port.parse().expect("a port");
     assert!(wait_for_listener_of(&mut server, listening, DEADLINE));
