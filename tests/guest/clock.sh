@@ -1,7 +1,7 @@
 # The clock of this machine jumps while programs of two hosts talk to each other. $1: the directory
 # with FreeFlow's programs and libraries; $2: how many messages.
 set -u
-. "$(dirname "$0")/hosts.sh"
+. "$(dirname "$0")/routers.sh"
 freeflow=$1/bin/freeflow
 
 ip netns add h0

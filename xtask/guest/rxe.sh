@@ -7,7 +7,7 @@
 # (gso_max_segs) before they come there, so that it is single packets, as it is of rxe's.
 set -u
 . "$VM_LIB"
-. "$(dirname "$0")/../../tests/guest/hosts.sh"
+. "$(dirname "$0")/../../tests/guest/routers.sh"
 freeflow=$1/bin/freeflow runs=$2 losses=$3
 size=65536
 
