@@ -25,7 +25,7 @@ enum Task {
     Test(test::TestArgs),
     /// Build target/dist: bin/freeflow and the libraries
     Dist,
-    /// Fuzz the router's engine and its messages
+    /// Fuzz what reads others' bytes; see fuzz/README.md
     Fuzz(fuzz::FuzzArgs),
     /// Measure speed and cost beside their peers, as a table and as JSON
     Bench(bench::BenchArgs),

@@ -1,8 +1,9 @@
 //! The router: one process per host that carries the verbs of all its endpoints.
 //!
-//! [`Router::start`] makes two threads. One serves sockets: it accepts sessions on endpoints'
-//! sockets and executes control verbs. The other polls the engine, which owns every object and
-//! executes work requests (see ARCHITECTURE.md). Clients are hostile: what they send or write
+//! [`Router::start`] makes threads. One serves sockets: it accepts sessions on endpoints' sockets and
+//! executes control verbs. One polls the engine, which owns every object and executes work requests
+//! (see ARCHITECTURE.md). Others open clients' memory, copy what may come late, and keep the links to
+//! other hosts' routers. Clients are hostile: what they send or write
 //! into shared memory is copied once and then checked; a session that breaks a rule ends with an
 //! [`EndReason`], and all others go on.
 
