@@ -224,7 +224,7 @@ fn special_quota(quota: &[QuotaStatus]) -> String {
         let limit = q.limit.map_or_else(|| "none".to_owned(), number);
         let name = q.resource.name();
         let mut text = match q.resource {
-            Resource::Control => format!("{name} {limit}/s"),
+            Resource::Control | Resource::Connects => format!("{name} {limit}/s"),
             _ => format!("{name} {} of {limit}", number(q.used)),
         };
         if q.refused != 0 {
@@ -347,10 +347,11 @@ mod tests {
             one(Resource::Registered, Some(1 << 30), 2048, 0),
             one(Resource::Outstanding, None, 500, 0),
             one(Resource::Control, Some(1000), 0, 0),
+            one(Resource::Connects, Some(5), 0, 0),
         ];
         assert_eq!(
             special_quota(&all),
-            "cqs 3 of 10 (refused 2), registered 2.0 KiB of 1.0 GiB, control 1000/s"
+            "cqs 3 of 10 (refused 2), registered 2.0 KiB of 1.0 GiB, control 1000/s, connects 5/s"
         );
         assert_eq!(special_quota(&all[..1]), "");
     }
