@@ -9,10 +9,11 @@ use std::process::ExitCode;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
+use clap::builder::RangedI64ValueParser;
 use clap::{Args, Subcommand};
 use freeflow_api::RuntimeDir;
 use freeflow_link::Identity;
-use freeflow_link::pki::{Authority, Validity};
+use freeflow_link::pki::{Authority, MAX_DAYS, Validity};
 use freeflow_router::{Hosts, LinkConfig};
 
 use crate::client::Client;
@@ -32,7 +33,7 @@ pub(crate) enum HostCommand {
         #[arg(value_name = "DIR", default_value = "freeflow-ca")]
         dir: PathBuf,
         /// How long it is good
-        #[arg(long, value_name = "DAYS", default_value_t = 3650)]
+        #[arg(long, value_name = "DAYS", default_value_t = 3650, value_parser = days())]
         days: u32,
     },
     /// Make a host's certificate and key, NAME.pem and NAME.key, or new ones in their place
@@ -48,9 +49,13 @@ pub(crate) enum HostCommand {
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
         /// How long it is good
-        #[arg(long, value_name = "DAYS", default_value_t = 365)]
+        #[arg(long, value_name = "DAYS", default_value_t = 365, value_parser = days())]
         days: u32,
     },
+}
+
+fn days() -> RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=MAX_DAYS.into())
 }
 
 pub(crate) fn host(dir: &RuntimeDir, command: &HostCommand) -> Result<ExitCode> {

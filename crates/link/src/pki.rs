@@ -26,13 +26,17 @@ pub struct Validity {
     pub to: SystemTime,
 }
 
+/// Days that a certificate is good for, at most: a century.
+pub const MAX_DAYS: u32 = 36_500;
+
 impl Validity {
-    /// From now on, for so many days; other hosts' clocks may be an hour behind.
+    /// From now on, for so many days, of which [`MAX_DAYS`] count; other hosts' clocks may be an hour
+    /// behind.
     pub fn days(days: u32) -> Self {
         let now = SystemTime::now();
         Validity {
             from: now - Duration::from_secs(3600),
-            to: now + Duration::from_secs(86_400) * days,
+            to: now + Duration::from_secs(86_400) * days.min(MAX_DAYS),
         }
     }
 }
