@@ -403,13 +403,76 @@ fn a_router_without_a_certificate_that_others_believe_does_not_start() {
     let said = call(&doctor);
     assert_eq!(said.status.code(), Some(1), "{said}");
     assert!(said.stdout.contains("renew it"), "{said}");
+    assert!(said.stdout.contains("own certificate"), "{said}");
     refused(&format!("{own} {}", with("192.0.2.9")), "renew it");
     call(&format!("host cert 192.0.2.9 --ca {ca}"))
         .success()
         .unwrap();
-    let said = call(&doctor).success().unwrap();
-    assert!(
-        said.stdout.contains("believe that this is 192.0.2.9"),
-        "{said}"
-    );
+    let certificates = || {
+        let said = call(&doctor).success().unwrap();
+        let mut lines = said.stdout.lines().map(str::to_owned);
+        let line = lines.find(|line| line.contains(" certificates "));
+        line.unwrap_or_else(|| panic!("{said}"))
+    };
+    let said = certificates();
+    assert!(said.starts_with("ok "), "{said}");
+    assert!(said.contains("believe that this is 192.0.2.9"), "{said}");
+    assert!(said.contains(", until 2"), "{said}");
+    good_until(SystemTime::now() + 29 * day);
+    let said = certificates();
+    assert!(said.starts_with("warn "), "{said}");
+    assert!(said.contains("expires on 2"), "{said}");
+}
+
+#[test]
+fn what_a_router_cannot_use_is_named() {
+    let place = freeflow_tests::Place::ordinary().unwrap();
+    for args in [
+        &["host", "ca"][..],
+        &["host", "cert", "192.0.2.1"],
+        &["host", "cert", "192.0.2.2"],
+    ] {
+        place.clean(args).unwrap();
+    }
+    let map = place.file("hosts", 0).unwrap();
+    let map = map.to_str().unwrap();
+    let ca = |name: &str| format!("freeflow-ca/{name}");
+    let refused = |lines: &str, cert: &str, key: &str, words: &[&str]| {
+        std::fs::write(map, lines).unwrap();
+        let (authority, cert, key) = (ca("ca.pem"), ca(cert), ca(key));
+        let said = place.call(&[
+            "router",
+            "--underlay",
+            "192.0.2.1",
+            "--hosts",
+            map,
+            "--tls-ca",
+            &authority,
+            "--tls-cert",
+            &cert,
+            "--tls-key",
+            &key,
+        ]);
+        let said = said.unwrap();
+        assert_eq!(said.code(), 125, "{said}");
+        for word in words {
+            assert!(said.stderr.contains(word), "no {word:?} in {said}");
+        }
+        said.stderr
+    };
+    let (cert, key) = ("192.0.2.1.pem", "192.0.2.1.key");
+    let good = "default 10.0.1.0/24 192.0.2.1\n";
+    let other = "freeflow-ca/192.0.2.2.key is not the key of freeflow-ca/192.0.2.1.pem";
+    refused(good, cert, "192.0.2.2.key", &[other]);
+    let none = "freeflow-ca/192.0.2.1.pem holds no private key";
+    let said = refused(good, cert, cert, &[none]);
+    assert!(!said.contains("ca.pem"), "{said}");
+    for (line, words) in [
+        ("bad..name@192.0.2.2", ["line 2", "bad..name@192.0.2.2"]),
+        ("@192.0.2.2", ["line 2", "\"@192.0.2.2\""]),
+        ("2001:db8::2", ["line 2", "2001:db8::2"]),
+    ] {
+        let lines = format!("{good}default 10.0.2.0/24 {line}\n");
+        refused(&lines, cert, key, &[&words[..], &[map]].concat());
+    }
 }

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::time::{Duration, SystemTime};
 
 use anyhow::Result;
 use clap::Args;
@@ -11,6 +12,9 @@ use rustix::thread::UnshareFlags;
 
 use crate::hosts::{TlsArgs, read_hosts};
 use crate::{Output, OutputArgs, enter, inject, namespaces, sysfs};
+
+/// A certificate that expires within this time is to be renewed.
+const RENEW_WITHIN: Duration = Duration::from_secs(30 * 86_400);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Verdict {
@@ -98,21 +102,38 @@ pub(crate) fn doctor(args: &DoctorArgs) -> Result<ExitCode> {
 /// The files that a router is to be given, if any are named.
 fn certificates(args: &DoctorArgs) -> Option<Finding> {
     let what = "certificates";
-    let hosts = args.hosts.as_deref().map(read_hosts).transpose();
+    let hosts = args.hosts.as_deref();
+    let hosts = hosts
+        .map(|file| read_hosts(file, args.underlay))
+        .transpose();
     let read = hosts.and_then(|hosts| args.tls.read(args.underlay, &hosts.unwrap_or_default()));
-    match (read.transpose()?, args.underlay) {
-        (Ok(_), Some(underlay)) => {
-            let detail =
-                format!("other hosts that have this authority believe that this is {underlay}");
-            Some(finding(what, Verdict::Ok, detail))
-        }
-        (Ok(_), None) => {
-            let detail =
-                "they go together; --underlay ADDRESS has them looked at as other hosts would";
-            Some(finding(what, Verdict::Warn, detail))
-        }
-        (Err(e), _) => Some(finding(what, Verdict::Fail, format!("{e:#}"))),
-    }
+    let identity = match read.transpose()? {
+        Ok(identity) => identity,
+        Err(e) => return Some(finding(what, Verdict::Fail, format!("{e:#}"))),
+    };
+    let (verdict, detail) = match args.underlay {
+        Some(underlay) => (
+            Verdict::Ok,
+            format!("other hosts that have this authority believe that this is {underlay}"),
+        ),
+        None => (
+            Verdict::Warn,
+            "they go together; --underlay ADDRESS has them looked at as other hosts would"
+                .to_owned(),
+        ),
+    };
+    let (verdict, until) = match identity.expires() {
+        Some(expiry) if expiry.left(SystemTime::now()) < RENEW_WITHIN => (
+            Verdict::Warn,
+            format!(
+                "; the certificate expires on {expiry}: renew it soon, with `freeflow host cert` or \
+                 at your authority, and send the router SIGHUP"
+            ),
+        ),
+        Some(expiry) => (verdict, format!(", until {expiry}")),
+        None => (verdict, String::new()),
+    };
+    Some(finding(what, verdict, detail + &until))
 }
 
 fn read(path: &str) -> Option<String> {

@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::SystemTime;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::builder::RangedI64ValueParser;
 use clap::{Args, Subcommand};
 use freeflow_api::RuntimeDir;
-use freeflow_link::Identity;
 use freeflow_link::pki::{Authority, MAX_DAYS, Validity};
+use freeflow_link::{Identity, IdentityError, Part};
 use freeflow_router::{Hosts, LinkConfig};
 
 use crate::client::Client;
@@ -163,14 +163,29 @@ impl TlsArgs {
         let read = |file: &Path| {
             std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))
         };
-        let of = || format!("{}, {}, {}", cert.display(), key.display(), ca.display());
-        let identity =
-            Identity::from_pem(&read(cert)?, &read(key)?, &read(ca)?).with_context(of)?;
+        let made = Identity::from_pem(&read(cert)?, &read(key)?, &read(ca)?);
+        let identity = made.map_err(|e| match e {
+            IdentityError::Pem { part } => {
+                let file = match part {
+                    Part::Certificate => cert,
+                    Part::Key => key,
+                    Part::Authority => ca,
+                };
+                anyhow!("{} holds no {} in PEM", file.display(), part.holds())
+            }
+            IdentityError::WrongKey => {
+                anyhow!("{} is not the key of {}", key.display(), cert.display())
+            }
+            e => {
+                let of = format!("{}, {}, {}", cert.display(), key.display(), ca.display());
+                anyhow::Error::from(e).context(of)
+            }
+        })?;
         if let Some(underlay) = underlay {
             let now = SystemTime::now();
             identity
                 .check(hosts.name(underlay), underlay, now)
-                .with_context(of)?;
+                .with_context(|| format!("{}, {}", cert.display(), ca.display()))?;
         }
         Ok(Some(identity))
     }
@@ -208,8 +223,13 @@ impl LinkArgs {
     }
 }
 
-pub(crate) fn read_hosts(file: &Path) -> Result<Hosts> {
+/// Reads the map of hosts, for one with an address in the network between them.
+pub(crate) fn read_hosts(file: &Path, underlay: Option<IpAddr>) -> Result<Hosts> {
     let text = std::fs::read_to_string(file)
         .with_context(|| format!("cannot read the hosts in {}", file.display()))?;
-    Hosts::parse(&text).with_context(|| format!("{}", file.display()))
+    let read = Hosts::parse(&text).and_then(|hosts| match underlay {
+        Some(underlay) => hosts.check_reach(underlay).map(|()| hosts),
+        None => Ok(hosts),
+    });
+    read.with_context(|| format!("{}", file.display()))
 }

@@ -56,7 +56,7 @@ pub(crate) fn router(
 }
 
 fn read_again(admin: &Admin, file: &Path, network: &NetworkArgs) -> Result<()> {
-    let hosts = read_hosts(file)?;
+    let hosts = read_hosts(file, network.underlay)?;
     let identity = network.links.tls.read(network.underlay, &hosts)?;
     admin.set_hosts(hosts);
     if let Some(identity) = identity {
@@ -72,7 +72,8 @@ fn serve(
     network: &NetworkArgs,
 ) -> Result<Arc<Admin>> {
     config.underlay = network.underlay;
-    let hosts = network.hosts.as_deref().map(read_hosts).transpose()?;
+    let read = |file| read_hosts(file, network.underlay);
+    let hosts = network.hosts.as_deref().map(read).transpose()?;
     if let Some(hosts) = &hosts {
         config.links = Some(network.links.config(network.underlay, hosts)?);
     }

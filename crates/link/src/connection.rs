@@ -39,7 +39,9 @@ impl std::fmt::Display for Closed {
                 f,
                 "cannot connect: {e}; does a router run there, and is its control port open?"
             ),
-            Closed::End => f.write_str("the other host has closed the connection"),
+            Closed::End => {
+                f.write_str("the other host has closed the connection; its log says why")
+            }
             Closed::Io(e) => write!(f, "the connection is lost: {e}"),
             Closed::Tls(e) => write!(f, "TLS: {}", explain(e)),
             Closed::Talk(e) => e.fmt(f),

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use rustls::client::danger::ServerCertVerifier;
 use rustls::client::{Resumption, WebPkiServerVerifier, verify_server_name};
@@ -16,6 +16,7 @@ use rustls::{
     CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, DistinguishedName,
     Error as TlsError, RootCertStore, ServerConfig, ServerConnection, SignatureScheme,
 };
+use x509_parser::time::ASN1Time;
 
 /// A protocol's name in the handshake (RFC 7301), so that no other server takes part by mistake.
 const ALPN: &[u8] = b"freeflow-link";
@@ -27,19 +28,51 @@ const BUFFER: usize = 64 << 10;
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
     /// A part is not PEM, or the wrong one.
-    #[error("{part} holds no {what} in PEM")]
+    #[error("{part}'s file holds no {} in PEM", part.holds())]
     Pem {
         /// Which of the three.
-        part: &'static str,
-        /// What was looked for.
-        what: &'static str,
+        part: Part,
     },
+    /// The key is that of another certificate.
+    #[error("the key is not the certificate's")]
+    WrongKey,
     /// They do not go together.
     #[error("the certificate, key and authority cannot be used together: {0}")]
     Unusable(TlsError),
     /// The certificate is not one that others believe.
-    #[error("the certificate would not be believed by other hosts: {0}")]
+    #[error("this host's own certificate would not be believed by other hosts: {0}")]
     NotBelieved(String),
+}
+
+/// What an identity is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The certificate, with those between it and the authority.
+    Certificate,
+    /// Its key.
+    Key,
+    /// The authority's certificate.
+    Authority,
+}
+
+impl Part {
+    /// What its file has to hold.
+    pub fn holds(self) -> &'static str {
+        match self {
+            Part::Certificate | Part::Authority => "certificate",
+            Part::Key => "private key",
+        }
+    }
+}
+
+impl std::fmt::Display for Part {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Part::Certificate => "the certificate",
+            Part::Key => "the key",
+            Part::Authority => "the authority",
+        })
+    }
 }
 
 /// A certificate and key, and the authority whose certificates are believed. Clones share it.
@@ -66,15 +99,12 @@ impl Identity {
         let certificates = |pem: &[u8], part| {
             let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
             let all = all.ok().filter(|all| !all.is_empty());
-            let what = "certificate";
-            all.ok_or(IdentityError::Pem { part, what })
+            all.ok_or(IdentityError::Pem { part })
         };
-        let chain = certificates(cert, "the certificate's file")?;
-        let key = PrivateKeyDer::from_pem_slice(key).map_err(|_| IdentityError::Pem {
-            part: "the key's file",
-            what: "private key",
-        })?;
-        let authorities = certificates(ca, "the authority's file")?;
+        let chain = certificates(cert, Part::Certificate)?;
+        let key = PrivateKeyDer::from_pem_slice(key)
+            .map_err(|_| IdentityError::Pem { part: Part::Key })?;
+        let authorities = certificates(ca, Part::Authority)?;
         let mut roots = RootCertStore::empty();
         for root in &authorities {
             roots.add(root.clone()).map_err(IdentityError::Unusable)?;
@@ -85,7 +115,10 @@ impl Identity {
         );
         let unusable =
             |e: &dyn std::fmt::Display| IdentityError::Unusable(TlsError::General(e.to_string()));
-        let own = CertifiedKey::from_der(chain, key, &provider).map_err(IdentityError::Unusable)?;
+        let own = CertifiedKey::from_der(chain, key, &provider).map_err(|e| match e {
+            TlsError::InconsistentKeys(_) => IdentityError::WrongKey,
+            e => IdentityError::Unusable(e),
+        })?;
         let own = Arc::new(own);
         let clients = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone())
             .build()
@@ -119,11 +152,9 @@ impl Identity {
         address: IpAddr,
         now: SystemTime,
     ) -> Result<(), IdentityError> {
-        let name = server_name(name, address);
-        let now = now
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .unwrap_or_default();
-        let now = UnixTime::since_unix_epoch(now);
+        let refused = |e: &TlsError| IdentityError::NotBelieved(explain(e));
+        let name = server_name(name, address).map_err(|e| refused(&e))?;
+        let now = UnixTime::since_unix_epoch(since_epoch(now));
         let (own, between) = match self.own.cert.split_first() {
             Some(chain) => chain,
             None => return Err(IdentityError::NotBelieved("it is empty".to_owned())),
@@ -136,7 +167,23 @@ impl Identity {
                     .verify_client_cert(own, between, now)
                     .map(|_| ())
             })
-            .map_err(|e| IdentityError::NotBelieved(explain(&e)))
+            .map_err(|e| match (&e, self.expires()) {
+                (
+                    TlsError::InvalidCertificate(
+                        CertificateError::Expired | CertificateError::ExpiredContext { .. },
+                    ),
+                    Some(date),
+                ) if date.has_passed(now) => {
+                    IdentityError::NotBelieved(format!("it expired on {date}; {RENEW}"))
+                }
+                _ => refused(&e),
+            })
+    }
+
+    /// The last day of this host's own certificate; none if it is not understood.
+    pub fn expires(&self) -> Option<Expiry> {
+        let (_, own) = x509_parser::parse_x509_certificate(self.own.cert.first()?).ok()?;
+        Some(Expiry(own.validity().not_after))
     }
 
     /// Whether it shows and believes the same as another.
@@ -168,10 +215,49 @@ impl Identity {
     }
 }
 
-/// What a host is known by in certificates: its name, if it has one, or else its address.
-pub(crate) fn server_name(name: Option<&str>, address: IpAddr) -> ServerName<'static> {
-    let named = name.and_then(|name| ServerName::try_from(name.to_owned()).ok());
-    named.unwrap_or_else(|| ServerName::IpAddress(address.into()))
+/// When a certificate expires; as text, the day (UTC).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expiry(ASN1Time);
+
+impl Expiry {
+    /// How long it still is at a time; nothing if it has passed.
+    pub fn left(self, now: SystemTime) -> Duration {
+        let at = u64::try_from(self.0.timestamp()).unwrap_or(0);
+        Duration::from_secs(at).saturating_sub(since_epoch(now))
+    }
+
+    fn has_passed(self, now: UnixTime) -> bool {
+        u64::try_from(self.0.timestamp()).is_ok_and(|at| at < now.as_secs())
+    }
+}
+
+impl std::fmt::Display for Expiry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.to_datetime().date().fmt(f)
+    }
+}
+
+fn since_epoch(now: SystemTime) -> Duration {
+    now.duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
+}
+
+/// Whether hosts may have a name in certificates: a DNS name, or an address.
+pub fn is_host_name(name: &str) -> bool {
+    ServerName::try_from(name).is_ok()
+}
+
+/// What a host is known by in certificates: its name, if it has one, or else its address. An error if
+/// no certificate can have the name: it is not to be known by another one then.
+pub(crate) fn server_name(
+    name: Option<&str>,
+    address: IpAddr,
+) -> Result<ServerName<'static>, TlsError> {
+    match name {
+        Some(name) => ServerName::try_from(name.to_owned())
+            .map_err(|_| TlsError::General(format!("\"{name}\" is no name of a host"))),
+        None => Ok(ServerName::IpAddress(address.into())),
+    }
 }
 
 /// Believes clients of one name alone.
@@ -222,13 +308,14 @@ impl ClientCertVerifier for Named {
     }
 }
 
+/// What to do about a certificate that has expired.
+const RENEW: &str = "renew it, with `freeflow host cert` or at your authority";
+
 /// What is wrong, and what to do about it.
 pub(crate) fn explain(error: &TlsError) -> String {
     use CertificateError as C;
     let what = match error {
-        TlsError::InvalidCertificate(C::Expired | C::ExpiredContext { .. }) => {
-            "renew it, with `freeflow host cert` or at your authority"
-        }
+        TlsError::InvalidCertificate(C::Expired | C::ExpiredContext { .. }) => RENEW,
         TlsError::InvalidCertificate(C::NotValidYet | C::NotValidYetContext { .. }) => {
             "are both hosts' clocks right?"
         }
@@ -252,7 +339,6 @@ pub(crate) fn explain(error: &TlsError) -> String {
 mod tests {
     use super::*;
     use crate::pki::{Authority, Pair, Validity};
-    use std::time::Duration;
 
     fn authority() -> (Pair, Authority) {
         let pair = Authority::generate(Validity::days(10)).unwrap();
@@ -284,7 +370,13 @@ mod tests {
             assert!(why.contains(said), "{why}");
         };
         refused(address("192.0.2.2"), now, "name or address in the map");
-        refused(own, now + Duration::from_secs(6 * 86_400), "renew it");
+        let day = Duration::from_secs(86_400);
+        refused(own, now + 6 * day, "renew it");
+        let expiry = identity.expires().unwrap();
+        refused(own, now + 6 * day, &format!("it expired on {expiry};"));
+        let left = expiry.left(now);
+        assert!(left > 4 * day && left <= 5 * day, "{left:?}");
+        assert_eq!(expiry.left(now + 6 * day), Duration::ZERO);
         refused(own, now - Duration::from_secs(86_400), "clocks");
         let (other, _) = self::authority();
         let identity = Identity::from_pem(
@@ -297,6 +389,30 @@ mod tests {
     }
 
     #[test]
+    fn a_day_is_written_as_one() {
+        let time = ASN1Time::from_timestamp(4_102_444_800).unwrap();
+        assert_eq!(Expiry(time).to_string(), "2100-01-01");
+    }
+
+    #[test]
+    fn a_name_that_no_certificate_can_have_is_not_replaced() {
+        let (ca, authority) = authority();
+        let host = authority.issue(&["192.0.2.1"], Validity::days(5)).unwrap();
+        let (cert, key) = (host.cert.as_bytes(), host.key.as_bytes());
+        let identity = Identity::from_pem(cert, key, ca.cert.as_bytes()).unwrap();
+        let address = "192.0.2.1".parse().unwrap();
+        for bad in ["bad..name", "", "a b", "-"] {
+            assert!(!is_host_name(bad), "{bad}");
+            let checked = identity.check(Some(bad), address, SystemTime::now());
+            let why = checked.unwrap_err().to_string();
+            assert!(why.contains(&format!("\"{bad}\" is no name")), "{why}");
+        }
+        for good in ["node1", "node1.example.org", "192.0.2.7", "fd00::1"] {
+            assert!(is_host_name(good), "{good}");
+        }
+    }
+
+    #[test]
     fn what_does_not_go_together_is_refused() {
         let (ca, authority) = authority();
         let one = authority.issue(&["node1"], Validity::days(5)).unwrap();
@@ -304,7 +420,8 @@ mod tests {
         let (ca, cert) = (ca.cert.as_bytes(), one.cert.as_bytes());
         let made = |cert, key, ca| Identity::from_pem(cert, key, ca).map(drop);
         made(cert, one.key.as_bytes(), ca).unwrap();
-        made(cert, two.key.as_bytes(), ca).unwrap_err();
+        let why = made(cert, two.key.as_bytes(), ca).unwrap_err();
+        assert!(matches!(why, IdentityError::WrongKey), "{why}");
         for (cert, key, ca, said) in [
             (&b""[..], one.key.as_bytes(), ca, "certificate's file"),
             (cert, cert, ca, "key's file"),

@@ -18,7 +18,7 @@ mod peer;
 pub mod pki;
 mod talk;
 
-pub use identity::{Identity, IdentityError};
+pub use identity::{Expiry, Identity, IdentityError, Part, is_host_name};
 pub use links::{Config, LinkError, Links, Observer, PeerSpec, Status};
 pub use message::{
     DecodeError, Frames, Hello, MAX_FRAME, MAX_SEGMENT, MIN_SEGMENT, Message, Preamble, SELECTIVE,

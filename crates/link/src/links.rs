@@ -415,9 +415,10 @@ impl Keeper {
             self.offer(peer.spec.segment),
             SocketAddr::new(host, self.config.port),
         );
-        let name = server_name(peer.spec.name.as_deref(), host);
+        let name = peer.spec.name.as_deref();
         let tls = self.config.identity.as_ref();
-        let tls = tls.map(|identity| identity.connect(name)).transpose();
+        let tls = tls.map(|identity| identity.connect(server_name(name, host)?));
+        let tls: Result<_, TlsError> = tls.transpose();
         let dialed = tls.map_err(Closed::Tls).and_then(|tls| {
             let tls = tls.map(rustls::Connection::from);
             Connection::dial(self.config.local, to, tls, offer, now)
@@ -475,9 +476,10 @@ impl Keeper {
                 continue;
             }
             let offer = self.offer(peer.spec.segment);
-            let name = server_name(peer.spec.name.as_deref(), host);
+            let name = peer.spec.name.as_deref();
             let tls = self.config.identity.as_ref();
-            let tls: Result<_, TlsError> = tls.map(|identity| identity.accept(name)).transpose();
+            let tls = tls.map(|identity| identity.accept(server_name(name, host)?));
+            let tls: Result<_, TlsError> = tls.transpose();
             let Ok(tls) = tls else { continue };
             let tls = tls.map(rustls::Connection::from);
             self.make_room(host);

@@ -12,13 +12,14 @@ const V4_PREFIX: u8 = 96;
 
 /// Why a text is no map of hosts.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "line {line}: {what}; each line is TENANT ADDRESS[/BITS] [NAME@]HOST, as in \"default 10.77.2.0/24 192.0.2.2\""
-)]
+#[error("line {line}: {what}")]
 pub struct HostsError {
     line: usize,
     what: String,
 }
+
+const FORM: &str = "each line is TENANT ADDRESS[/BITS] [NAME@]HOST, as in \"default 10.77.2.0/24 \
+                    192.0.2.2\"";
 
 /// The hosts of endpoints: of single addresses or of whole networks, the longest prefix first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,8 +27,16 @@ pub struct Hosts {
     tenants: HashMap<String, Tenant>,
     /// Lengths of prefixes that there are.
     lengths: BTreeSet<u8>,
-    /// With the names that their certificates are for, if these are not for their addresses.
-    routers: BTreeMap<IpAddr, Option<String>>,
+    routers: BTreeMap<IpAddr, Host>,
+}
+
+/// What is known of a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Host {
+    /// The name that its certificate is for, if that is not for its address.
+    name: Option<String>,
+    /// The first line that names it.
+    line: usize,
 }
 
 /// Where a tenant's endpoints are.
@@ -46,7 +55,10 @@ impl Hosts {
         for (at, line) in text.lines().enumerate() {
             let fields = line.split('#').next().unwrap_or_default();
             let fields: Vec<_> = fields.split_whitespace().collect();
-            let error = |what: String| HostsError { line: at + 1, what };
+            let error = |what: String| HostsError {
+                line: at + 1,
+                what: format!("{what}; {FORM}"),
+            };
             match fields[..] {
                 [] => {}
                 [tenant, network, host] => {
@@ -57,9 +69,16 @@ impl Hosts {
                     let address = address
                         .parse()
                         .map_err(|_| error(format!("\"{host}\" is not an address of a host")))?;
+                    if let Some(name) = name.filter(|name| !freeflow_link::is_host_name(name)) {
+                        let what = format!("\"{name}\" in \"{host}\" is no DNS name");
+                        return Err(error(what));
+                    }
                     hosts
                         .add(tenant, network, address)
                         .ok_or_else(|| error(format!("\"{network}\" is no address or network")))?;
+                    let line = at + 1;
+                    let new = Host { name: None, line };
+                    hosts.routers.entry(address).or_insert(new);
                     hosts.call(address, name).map_err(|before| {
                         error(format!("host {address} has another name before, {before}"))
                     })?;
@@ -86,7 +105,6 @@ impl Hosts {
         let tenant = self.tenants.entry(tenant.to_owned()).or_default();
         tenant.by_prefix.insert((bits, masked(gid, bits)), host);
         tenant.routers.insert(host);
-        self.routers.entry(host).or_default();
         Some(())
     }
 
@@ -95,7 +113,7 @@ impl Hosts {
         let (Some(name), Some(known)) = (name, self.routers.get_mut(&host)) else {
             return Ok(());
         };
-        let known = known.get_or_insert_with(|| name.to_owned());
+        let known = known.name.get_or_insert_with(|| name.to_owned());
         if known == name {
             Ok(())
         } else {
@@ -105,7 +123,23 @@ impl Hosts {
 
     /// The name in a host's certificate, if that is not its address.
     pub fn name(&self, host: IpAddr) -> Option<&str> {
-        self.routers.get(&host)?.as_deref()
+        self.routers.get(&host)?.name.as_deref()
+    }
+
+    /// Whether a host can reach the others from its address: an error tells of one with an address of
+    /// the other family.
+    pub fn check_reach(&self, local: IpAddr) -> Result<(), HostsError> {
+        let mut all = self.routers.iter();
+        match all.find(|(host, _)| host.is_ipv4() != local.is_ipv4()) {
+            Some((host, &Host { line, .. })) => Err(HostsError {
+                line,
+                what: format!(
+                    "host {host} cannot be reached from this one's address, {local}: all hosts need \
+                     addresses of one family"
+                ),
+            }),
+            None => Ok(()),
+        }
     }
 
     /// The host that has an endpoint of a tenant.
@@ -186,12 +220,35 @@ mod tests {
     }
 
     #[test]
+    fn hosts_reach_each_other_by_addresses_of_one_family() {
+        let text = "a 10.0.1.0/24 192.0.2.1\na fd00::/64 192.0.2.2\n";
+        let local = "192.0.2.1".parse().unwrap();
+        Hosts::parse(text).unwrap().check_reach(local).unwrap();
+        let mixed = format!("{text}\na 10.0.3.0/24 2001:db8::3");
+        let mixed = Hosts::parse(&mixed).unwrap();
+        for (local, line, said) in [
+            ("192.0.2.1", 4, "host 2001:db8::3 "),
+            ("2001:db8::3", 1, "host 192.0.2.1 "),
+        ] {
+            let error = mixed.check_reach(local.parse().unwrap()).unwrap_err();
+            assert_eq!(error.line, line, "{error}");
+            assert!(error.to_string().contains(said), "{error}");
+        }
+    }
+
+    #[test]
     fn what_is_no_map_is_told_with_its_line() {
         for (text, line, said) in [
             ("default 10.0.0.1", 1, "2 words"),
             ("\ndefault 10.0.0.1/33 192.0.2.1", 2, "10.0.0.1/33"),
             ("default 10.0.0.1 host", 1, "\"host\""),
             ("default 10.0.0.1 host@", 1, "\"host@\""),
+            (
+                "a 10.0.0.1 192.0.2.2\na 10.0.0.2 bad..name@192.0.2.1",
+                2,
+                "\"bad..name@192.0.2.1\"",
+            ),
+            ("a 10.0.0.1 @192.0.2.1", 1, "\"@192.0.2.1\""),
             (
                 "a 10.0.0.1 x@192.0.2.1\nb 10.0.0.1 y@192.0.2.1",
                 2,
