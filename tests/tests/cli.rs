@@ -315,6 +315,27 @@ fn a_router_that_is_about_to_end_is_replaced() {
 }
 
 #[test]
+fn a_router_that_stays_follows_one_that_ends() {
+    let place = Place::ordinary().unwrap();
+    let program = run(&["-v"], &["sh", "-c", "echo ready; exec sleep 1000"]);
+    let program = Running::start(&mut place.freeflow(program)).unwrap();
+    program.wait_for("ready", DEADLINE).unwrap();
+    assert_eq!(place.status().unwrap()["embedded"], true);
+    let said = place.call(&["router"]).unwrap();
+    fails(&said, 125, &["embedded router", "--runtime-dir"]);
+    program.signal(Signal::TERM);
+    assert_eq!(program.wait(DEADLINE).unwrap().code(), 128 + 15);
+    // The embedded one waits a while for another endpoint.
+    let router = Running::start(&mut place.freeflow(["router"])).unwrap();
+    router.wait_for("router serves", DEADLINE).unwrap();
+    let status = place.status().unwrap();
+    assert_eq!(
+        (&status["embedded"], &status["pid"]),
+        (&false.into(), &router.pid().into())
+    );
+}
+
+#[test]
 fn what_a_killed_router_left_is_no_obstacle() {
     let place = Place::ordinary().unwrap();
     let mut first = Running::start(&mut place.freeflow(["router"])).unwrap();

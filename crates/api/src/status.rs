@@ -16,6 +16,9 @@ pub struct RouterStatus {
     pub version: String,
     /// Milliseconds since it started.
     pub uptime_ms: u64,
+    /// Whether it is one that `freeflow run` has started, which ends with its last endpoint.
+    #[serde(default)]
+    pub embedded: bool,
     /// How its threads that handle clients' input are confined.
     pub sandbox: String,
     /// The network between hosts, if this one takes part.

@@ -1,22 +1,20 @@
 //! `freeflow router`: the daemon.
 
+use std::cell::Cell;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
-use anyhow::{Context, Result};
-use freeflow_api::RuntimeDir;
-use freeflow_router::{Admin, Config, Router};
+use anyhow::{Context, Result, bail};
+use freeflow_api::{ControlAnswer, Operation, RouterStatus, RuntimeDir};
+use freeflow_router::{Admin, Config, Router, RouterError};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::client::{Client, unexpected};
 use crate::hosts::read_hosts;
 use crate::{NetworkArgs, namespaces, start};
-
-/// An embedded router's predecessor is about to end, and gets this time for it.
-const PREDECESSOR: Duration = Duration::from_secs(10);
 
 /// Serves until a signal, or, embedded, until the last endpoint is gone.
 pub(crate) fn router(
@@ -50,7 +48,7 @@ pub(crate) fn router(
             }
         }
     });
-    admin.wait(embedded);
+    admin.wait();
     admin.close();
     Ok(ExitCode::SUCCESS)
 }
@@ -80,13 +78,41 @@ fn serve(
     let router = Router::start(config)?;
     // Without a map, too: the port's MTU is that of the link.
     router.set_hosts(hosts.unwrap_or_default());
-    let patience = if embedded {
-        PREDECESSOR
-    } else {
-        Duration::ZERO
-    };
     let make_bridge = Box::new(namespaces::make_bridge);
-    Ok(Admin::start(router, dir, make_bridge, patience)?)
+    let there = Cell::new(false);
+    // Whoever starts an embedded one has found no router that goes on.
+    let ends = || {
+        embedded
+            || match ask(&dir) {
+                Ok(Some(status)) => {
+                    there.set(status.embedded);
+                    status.embedded && status.endpoints.is_empty()
+                }
+                Ok(None) => true,
+                Err(_) => false,
+            }
+    };
+    match Admin::start(router, dir.clone(), make_bridge, embedded, &ends) {
+        Err(RouterError::AlreadyServed { .. }) if there.get() => bail!(
+            "an embedded router serves {}, for programs of `freeflow run`, and ends with the last of \
+             them; end them first (freeflow status shows them), or choose another directory with \
+             --runtime-dir",
+            dir.path().display()
+        ),
+        started => Ok(started?),
+    }
+}
+
+/// The status of a directory's router, unless it is gone.
+fn ask(dir: &RuntimeDir) -> Result<Option<RouterStatus>> {
+    let Some(client) = Client::try_connect(dir)? else {
+        return Ok(None);
+    };
+    match client.call(Operation::Status, &[])? {
+        ControlAnswer::Status(status) => Ok(Some(status)),
+        ControlAnswer::Ending => Ok(None),
+        other => unexpected(other),
+    }
 }
 
 /// Every completion channel and session is a descriptor.

@@ -22,7 +22,8 @@ pub(crate) fn status(dir: &RuntimeDir, output: Output) -> Result<ExitCode> {
 
 fn print_status(dir: &RuntimeDir, status: &RouterStatus) {
     println!(
-        "router {} (pid {}) serves {} for {} s",
+        "{}router {} (pid {}) serves {} for {} s",
+        if status.embedded { "embedded " } else { "" },
         status.version,
         status.pid,
         dir.path().display(),

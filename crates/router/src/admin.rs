@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use freeflow_api::{
     CONTROL_VERSION, ControlAnswer, ControlRequest, MAX_CONTROL_BYTES, NewEndpoint, Operation,
-    RuntimeDir,
+    RouterStatus, RuntimeDir,
 };
 use freeflow_link::Identity;
 use freeflow_shm::{recv_packet, send_packet};
@@ -28,6 +28,12 @@ const MAX_CONNECTIONS: usize = 4096;
 
 /// Stack of a connection's thread.
 const STACK_BYTES: usize = 256 << 10;
+
+/// A directory's last router that is about to end gets this time for it.
+const PREDECESSOR: Duration = Duration::from_secs(10);
+
+/// Time between looks whether it has.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// An embedded router waits so long for another endpoint before it ends.
 const LINGER: Duration = Duration::from_secs(1);
@@ -45,6 +51,8 @@ const POOL: [u8; 2] = [10, 77];
 pub struct Admin {
     router: Router,
     dir: RuntimeDir,
+    /// Whether it ends with its last endpoint.
+    embedded: bool,
     listener: OwnedFd,
     /// Held as long as the directory is served.
     lock: OwnedFd,
@@ -80,15 +88,17 @@ fn io_error(what: &str, path: &Path, source: impl Into<io::Error>) -> RouterErro
 }
 
 impl Admin {
-    /// Takes a runtime directory and serves it with a router, until [`Self::close`]. For the
-    /// directory's last router, which may be about to end, it waits as long as `patience`.
+    /// Takes a runtime directory and serves it with a router, until [`Self::close`]. The directory's
+    /// last router gets ten seconds to end, as long as `ends` says that it is about to. An `embedded`
+    /// router ends with its last endpoint.
     pub fn start(
         router: Router,
         dir: RuntimeDir,
         make_bridge: MakeBridge,
-        patience: Duration,
+        embedded: bool,
+        ends: &dyn Fn() -> bool,
     ) -> Result<Arc<Admin>, RouterError> {
-        let lock = take(&dir, patience)?;
+        let lock = take(&dir, ends)?;
         let path = dir.control_socket();
         let listener = crate::listen(&path).map_err(|e| io_error("cannot serve", &path, e))?;
         rustix::io::ioctl_fionbio(&listener, false)
@@ -96,6 +106,7 @@ impl Admin {
         let admin = Arc::new(Admin {
             router,
             dir,
+            embedded,
             listener,
             lock,
             bridges: Bridges::new(make_bridge),
@@ -140,14 +151,14 @@ impl Admin {
 
     /// Waits until the router is to end: somebody says so, or it is embedded and its last
     /// endpoint is gone. Nothing is created any more then.
-    pub fn wait(&self, embedded: bool) {
+    pub fn wait(&self) {
         let mut told = false;
         let mut state = self.state();
         loop {
             for notice in self.router.notices() {
                 eprintln!("freeflow: {notice}");
             }
-            let lonely = embedded && state.endpoints.is_empty() && state.coming == 0;
+            let lonely = self.embedded && state.endpoints.is_empty() && state.coming == 0;
             let patience = if state.had_any {
                 LINGER
             } else {
@@ -273,7 +284,10 @@ impl Admin {
     ) -> ControlAnswer {
         let done = |result: Result<(), RouterError>| result.map(|()| ControlAnswer::Done);
         let result = match operation {
-            Operation::Status => Ok(ControlAnswer::Status(self.router.status())),
+            Operation::Status => Ok(ControlAnswer::Status(RouterStatus {
+                embedded: self.embedded,
+                ..self.router.status()
+            })),
             Operation::CreateEndpoint(new) => self.create(new, ephemeral),
             Operation::RemoveEndpoint { name } => {
                 // Whoever created one means that one.
@@ -399,7 +413,7 @@ impl Admin {
 }
 
 /// Makes a runtime directory, locks it, and removes what a router that was killed left in it.
-fn take(dir: &RuntimeDir, patience: Duration) -> Result<OwnedFd, RouterError> {
+fn take(dir: &RuntimeDir, ends: &dyn Fn() -> bool) -> Result<OwnedFd, RouterError> {
     let path = dir.path();
     let mut builder = std::fs::DirBuilder::new();
     builder.recursive(true).mode(0o700);
@@ -415,7 +429,7 @@ fn take(dir: &RuntimeDir, patience: Duration) -> Result<OwnedFd, RouterError> {
         });
     }
     let _ = std::fs::set_permissions(path, PermissionsExt::from_mode(0o700));
-    let lock = lock(dir, patience)?;
+    let lock = lock(dir, ends)?;
     for stale in [dir.endpoints(), dir.sysfs_root()] {
         let _ = std::fs::remove_dir_all(stale);
     }
@@ -426,7 +440,7 @@ fn take(dir: &RuntimeDir, patience: Duration) -> Result<OwnedFd, RouterError> {
     Ok(lock)
 }
 
-fn lock(dir: &RuntimeDir, patience: Duration) -> Result<OwnedFd, RouterError> {
+fn lock(dir: &RuntimeDir, ends: &dyn Fn() -> bool) -> Result<OwnedFd, RouterError> {
     let path = dir.lock();
     let file = std::fs::File::options()
         .create(true)
@@ -434,13 +448,13 @@ fn lock(dir: &RuntimeDir, patience: Duration) -> Result<OwnedFd, RouterError> {
         .write(true)
         .open(&path)
         .map_err(|e| io_error("cannot open", &path, e))?;
-    let deadline = Instant::now() + patience;
+    let deadline = Instant::now() + PREDECESSOR;
     loop {
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(file.into()),
             // It does not say when it ends.
-            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(5));
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline && ends() => {
+                std::thread::sleep(LOOK_AGAIN);
             }
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 return Err(RouterError::AlreadyServed {
@@ -514,11 +528,18 @@ mod tests {
     fn a_directory_has_one_router() {
         let dir = std::env::temp_dir().join(format!("ff-admin-{}", std::process::id()));
         let dir = RuntimeDir::at(dir);
-        let first = take(&dir, Duration::ZERO).unwrap();
-        let second = take(&dir, Duration::ZERO);
+        let first = take(&dir, &|| false).unwrap();
+        let second = take(&dir, &|| false);
         assert!(matches!(second, Err(RouterError::AlreadyServed { .. })));
         let heir = dir.clone();
-        let patient = std::thread::spawn(move || take(&heir, Duration::from_secs(60)));
+        let (asked, looked) = std::sync::mpsc::channel();
+        let patient = std::thread::spawn(move || {
+            take(&heir, &|| {
+                let _ = asked.send(());
+                true
+            })
+        });
+        looked.recv().unwrap();
         drop(first);
         drop(patient.join().unwrap().unwrap());
         std::fs::remove_dir_all(dir.path()).unwrap();

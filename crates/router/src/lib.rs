@@ -553,6 +553,7 @@ impl Router {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_ms: self.shared.start.elapsed().as_millis() as u64,
+            embedded: false,
             sandbox: self.shared.confinement(),
             fabric,
             endpoints,
