@@ -47,6 +47,20 @@ fn bad_usage_is_not_taken_for_the_programs_failure() {
         (&["no-such-command"][..], 2),
         (&["status", "--no-such-option"], 2),
         (&["endpoint", "rm"], 2),
+        (
+            &[
+                "router",
+                "--tls-cert",
+                "a",
+                "--tls-key",
+                "b",
+                "--tls-ca",
+                "c",
+            ],
+            2,
+        ),
+        (&["router", "--insecure"], 2),
+        (&["router", "--control-port", "4793"], 2),
         (&["host", "ca", "--days", "4294967295"], 2),
         (&["host", "ca", "--days", "0"], 2),
         (&["host", "cert", "192.0.2.1", "--days", "36501"], 2),
@@ -312,6 +326,26 @@ fn a_router_that_is_about_to_end_is_replaced() {
         place.clean(&run(&[], &["true"])).unwrap();
         std::thread::sleep(std::time::Duration::from_millis(980 + extra * 5));
     }
+}
+
+#[test]
+fn a_router_with_nothing_to_read_again_says_so_and_goes_on() {
+    let place = Place::ordinary().unwrap();
+    let router = Running::start(&mut place.freeflow(["router"])).unwrap();
+    router.wait_for("router serves", DEADLINE).unwrap();
+    router.signal(Signal::HUP);
+    router.wait_for("nothing to read again", DEADLINE).unwrap();
+    place.clean(&["endpoint", "create"]).unwrap();
+    // Nor does it end when there is no place for what it says, as after its terminal has gone.
+    drop(router);
+    let script = format!("exec {} router 2>/dev/full", place.binary().display());
+    let router = Running::start(place.program("/bin/sh").args(["-c", &script])).unwrap();
+    let serves = || place.call(&["status"]).unwrap().code() == 0;
+    wait_until("it serves", DEADLINE, serves).unwrap();
+    router.signal(Signal::HUP);
+    router.signal(Signal::TERM);
+    let ended = router.wait(DEADLINE).unwrap();
+    assert_eq!(ended.code(), 0, "{ended}");
 }
 
 #[test]

@@ -142,7 +142,7 @@ fn write(file: &Path, text: &str, mode: u32) -> Result<()> {
 #[derive(Args, Clone)]
 pub(crate) struct TlsArgs {
     /// This host's certificate (PEM), for its address in the network between hosts or its name in
-    /// the map; SIGHUP has it read again
+    /// the map
     #[arg(long, value_name = "FILE", requires_all = ["tls_key", "tls_ca"])]
     tls_cert: Option<PathBuf>,
     /// The certificate's private key (PEM)
@@ -195,14 +195,14 @@ impl TlsArgs {
 #[derive(Args, Clone)]
 pub(crate) struct LinkArgs {
     /// TCP port of all routers' control connections
-    #[arg(long, value_name = "PORT", default_value_t = freeflow_link::DEFAULT_PORT,
+    #[arg(long, value_name = "PORT", default_value_t = freeflow_link::DEFAULT_PORT, requires = "hosts",
         value_parser = clap::value_parser!(u16).range(1..))]
     control_port: u16,
     #[command(flatten)]
     pub(crate) tls: TlsArgs,
     /// Believe that whoever sends from a host's address is that host: for networks that nobody else
     /// is in
-    #[arg(long, conflicts_with = "tls_cert")]
+    #[arg(long, requires = "hosts", conflicts_with = "tls_cert")]
     insecure: bool,
 }
 

@@ -72,8 +72,8 @@ With --underlay and --hosts, endpoints of several hosts reach each other. The fi
 address or network of a tenant, and the host that has it; # begins a remark:
   default  10.77.1.0/24  192.0.2.1
   default  10.77.2.0/24  192.0.2.2
-Every host may have the same file. Lines with the router's own address do nothing. SIGHUP has the file
-and the certificates read again.
+Every host may have the same file. Of lines with the router's own address only the name counts, which
+its certificate must be for. SIGHUP has the file and the certificates read again.
 
 Hosts know each other by certificates of one authority, each for the host's address, or for the name
 that the map has in front of it (node1@192.0.2.1):
@@ -122,7 +122,7 @@ enum Command {
     #[command(after_help = RUN_HELP)]
     Run(RunArgs),
     /// Run the host daemon in the foreground
-    #[command(after_help = ROUTER_HELP)]
+    #[command(after_help = ROUTER_HELP, mut_arg("tls_cert", |arg| arg.requires("hosts")))]
     Router {
         /// End with the last endpoint
         #[arg(long)]

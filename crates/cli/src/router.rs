@@ -34,17 +34,23 @@ pub(crate) fn router(
         };
         let _ = writeln!(std::io::stdout(), "{line}");
     } else if served.is_ok() {
-        eprintln!("freeflow: router serves {}", dir.path().display());
+        let line = format!("freeflow: router serves {}", dir.path().display());
+        let _ = writeln!(std::io::stderr(), "{line}");
     }
     let admin = served?;
     let ended = admin.clone();
     std::thread::spawn(move || {
         for signal in signals.forever() {
-            let Some(file) = network.hosts.as_ref().filter(|_| signal == SIGHUP) else {
+            if signal != SIGHUP {
                 return ended.stop();
+            }
+            let read = match &network.hosts {
+                Some(file) => read_again(&ended, file, &network)
+                    .map_err(|e| format!("{e:#}; hosts and certificates stay as they were")),
+                None => Err("SIGHUP: without --hosts there is nothing to read again".to_owned()),
             };
-            if let Err(e) = read_again(&ended, file, &network) {
-                eprintln!("freeflow: {e:#}; hosts and certificates stay as they were");
+            if let Err(why) = read {
+                ended.notice(why);
             }
         }
     });

@@ -1,7 +1,7 @@
 //! The control socket: creating, listing and removing endpoints.
 
 use std::collections::{HashMap, HashSet};
-use std::io;
+use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
@@ -149,6 +149,12 @@ impl Admin {
         self.router.set_identity(identity);
     }
 
+    /// Has [`Self::wait`] tell the operator something, in one line.
+    pub fn notice(&self, line: String) {
+        self.router.shared.notices.push(line);
+        self.changed.notify_all();
+    }
+
     /// Waits until the router is to end: somebody says so, or it is embedded and its last
     /// endpoint is gone. Nothing is created any more then.
     pub fn wait(&self) {
@@ -156,7 +162,7 @@ impl Admin {
         let mut state = self.state();
         loop {
             for notice in self.router.notices() {
-                eprintln!("freeflow: {notice}");
+                tell(&notice);
             }
             let lonely = self.embedded && state.endpoints.is_empty() && state.coming == 0;
             let patience = if state.had_any {
@@ -175,11 +181,10 @@ impl Admin {
                 Err(e) => e.into_inner().0,
             };
             match self.router.stuck() {
-                Some((lasted, qpn)) if !std::mem::replace(&mut told, true) => eprintln!(
-                    "freeflow: the engine has been busy with one round for {} ms, at queue pair \
-                     {qpn:#x}",
+                Some((lasted, qpn)) if !std::mem::replace(&mut told, true) => tell(&format!(
+                    "the engine has been busy with one round for {} ms, at queue pair {qpn:#x}",
                     lasted.as_millis()
-                ),
+                )),
                 Some(_) => {}
                 None => told = false,
             }
@@ -410,6 +415,11 @@ impl Admin {
         self.changed.notify_all();
         Ok(())
     }
+}
+
+/// Writes a line to the log; a terminal that is gone is no reason to end.
+fn tell(line: &str) {
+    let _ = writeln!(io::stderr(), "freeflow: {line}");
 }
 
 /// Makes a runtime directory, locks it, and removes what a router that was killed left in it.
