@@ -160,6 +160,10 @@ fn addresses_and_names_are_checked() {
         let said = place.call(&run(&["--name", name], &["true"])).unwrap();
         fails(&said, 125, &["is no name for an endpoint", name]);
     }
+    for tenant in ["", "a b", "a#b"] {
+        let said = place.call(&run(&["--tenant", tenant], &["true"])).unwrap();
+        fails(&said, 125, &["is no name for a tenant", tenant]);
+    }
     let freeflow = place.binary();
     let inner = |options: &str| {
         let script = format!("exec {} run {options} -- echo ran", freeflow.display());
@@ -511,13 +515,19 @@ fn a_program_by_hand_uses_an_endpoint_that_stays() {
     for args in [
         &["endpoint", "rm", "no"][..],
         &["endpoint", "inspect", "no"],
+        &["endpoint", "set", "no", "--quota", "qps=1"],
     ] {
         fails(
             &place.call(args).unwrap(),
             125,
-            &["there is no endpoint \"no\""],
+            &["there is no endpoint \"no\"", "freeflow endpoint ls"],
         );
     }
+    fails(
+        &place.call(&["endpoint", "create", "web"]).unwrap(),
+        125,
+        &["\"web\" exists", "endpoint create NAME"],
+    );
     place.clean(&["endpoint", "rm", "web"]).unwrap();
     assert_eq!(json(&["endpoint", "ls"]), serde_json::json!([]));
 }

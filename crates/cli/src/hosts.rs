@@ -36,10 +36,11 @@ pub(crate) enum HostCommand {
         #[arg(long, value_name = "DAYS", default_value_t = 3650, value_parser = days())]
         days: u32,
     },
-    /// Make a host's certificate and key, NAME.pem and NAME.key, or new ones in their place
+    /// Make one host's certificate and key, NAME.pem and NAME.key, or new ones in their place
     Cert {
         /// The host's address in the network between hosts, or the name that the map has in front
-        /// of it; several if it has several
+        /// of it. Several names are of the same host: they make one certificate, in files called
+        /// after the first
         #[arg(value_name = "NAME", required = true)]
         names: Vec<String>,
         /// Directory of the authority

@@ -182,13 +182,15 @@ struct RunArgs {
     /// Virtual IP, which is the device's GID [default: the next free of 10.77.0.0/16]
     #[arg(long, value_name = "ADDRESS")]
     ip: Option<IpAddr>,
-    /// Tenant: endpoints of different tenants never reach each other [default: default]
+    /// Tenant: endpoints of different tenants never reach each other. One is there as soon as an
+    /// endpoint names it [default: default]
     #[arg(long)]
     tenant: Option<String>,
     /// Limits of the endpoint, separated by commas: pds, channels, cqs, qps, srqs, xrcds,
     /// cm_ids, mrs, mws, registered (bytes), outstanding (work requests its queues hold), control
-    /// (verbs per second; more are delayed), connects (connections begun by the connection manager
-    /// per second; more are delayed). K, M, G and T are powers of 1024; "none" is no limit
+    /// (verbs per second, as 1000/s; more are delayed), connects (connections begun by the connection
+    /// manager per second, as 100/s; more are delayed). A rate of 0 delays them until the limit is
+    /// changed. K, M, G and T are powers of 1024; "none" is no limit
     #[arg(long, value_name = "NAME=LIMIT", value_delimiter = ',')]
     quota: Vec<Setting>,
     /// Give the device a second GID, the router's underlay address: queue pairs that use it (GID
@@ -229,7 +231,7 @@ enum EndpointCommand {
         /// Virtual IP [default: the next free of 10.77.0.0/16]
         #[arg(long, value_name = "ADDRESS")]
         ip: Option<IpAddr>,
-        /// Tenant [default: default]
+        /// Tenant, as for `freeflow run` [default: default]
         #[arg(long)]
         tenant: Option<String>,
         /// Limits, as for `freeflow run`

@@ -344,6 +344,9 @@ impl Admin {
         new: NewEndpoint,
     ) -> Result<(String, IpAddr, Option<IpAddr>, PathBuf), RouterError> {
         let tenant = new.tenant.unwrap_or_else(|| "default".to_owned());
+        if !is_tenant(&tenant) {
+            return Err(RouterError::BadTenant { name: tenant });
+        }
         let existing = self.router.status().endpoints;
         let taken: HashSet<_> = existing
             .iter()
@@ -499,6 +502,12 @@ fn next_name(taken: &HashSet<&str>) -> String {
         .unwrap_or_default()
 }
 
+/// The map of hosts holds tenants as words.
+fn is_tenant(name: &str) -> bool {
+    let bad = |c: char| c.is_whitespace() || c.is_control() || c == '#';
+    !name.is_empty() && !name.contains(bad)
+}
+
 /// Names are parts of file names.
 fn is_name(name: &str) -> bool {
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
@@ -531,6 +540,19 @@ mod tests {
         assert!(is_name("web-1.a_b"));
         for bad in ["", ".", "..", "a/b", "a b", "\u{e9}", &"x".repeat(64)] {
             assert!(!is_name(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn tenants_are_words_of_the_map() {
+        for good in ["default", "a/b", "\u{e9}t\u{e9}", "t-1"] {
+            assert!(is_tenant(good), "{good}");
+            let map = format!("{good} 10.0.0.0/8 192.0.2.1");
+            let gid = VirtualIp([10, 0, 0, 1].into()).into();
+            assert!(Hosts::parse(&map).unwrap().find(good, gid).is_some());
+        }
+        for bad in ["", "a b", "\n", "#", "a#b", "\u{a0}", "\u{1b}"] {
+            assert!(!is_tenant(bad), "{bad:?}");
         }
     }
 

@@ -182,7 +182,10 @@ pub enum RouterError {
         by: String,
     },
     /// Another endpoint has the name.
-    #[error("an endpoint \"{name}\" exists already; choose another with --name")]
+    #[error(
+        "an endpoint \"{name}\" exists already; choose another name (`freeflow run --name`, `freeflow \
+         endpoint create NAME`)"
+    )]
     NameInUse {
         /// The name.
         name: String,
@@ -194,7 +197,7 @@ pub enum RouterError {
         ip: VirtualIp,
     },
     /// No such endpoint.
-    #[error("there is no endpoint \"{name}\"")]
+    #[error("there is no endpoint \"{name}\" (freeflow endpoint ls shows them)")]
     NoEndpoint {
         /// The name.
         name: String,
@@ -202,6 +205,15 @@ pub enum RouterError {
     /// Not a name that can be part of a file name.
     #[error("\"{name}\" is no name for an endpoint: up to 63 letters, digits, '-', '_' and '.'")]
     BadName {
+        /// The name.
+        name: String,
+    },
+    /// Not a tenant that the map of hosts could name.
+    #[error(
+        "\"{name}\" is no name for a tenant: at least one character, no white space and no '#', so that \
+         the map of hosts can hold it"
+    )]
+    BadTenant {
         /// The name.
         name: String,
     },
