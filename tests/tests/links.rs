@@ -425,6 +425,39 @@ fn a_router_without_a_certificate_that_others_believe_does_not_start() {
 }
 
 #[test]
+fn an_address_that_the_map_gives_to_another_host_is_told_of() {
+    let test = "an_address_that_the_map_gives_to_another_host_is_told_of";
+    let Some(mut hosts) = apart(test, Trust::Addresses) else {
+        return;
+    };
+    let [_, other] = Hosts::ADDRESSES;
+    let said = |args: &[&str]| hosts.bed(0).call(args).unwrap().success().unwrap();
+    for (args, ip) in [
+        (&["endpoint", "create", "one", "--ip"][..], "10.82.0.9"),
+        (&["run", "--name", "two", "--ip"], "10.82.0.8"),
+    ] {
+        let program: &[&str] = if args[0] == "run" {
+            &["--", "true"]
+        } else {
+            &[]
+        };
+        let said = said(&[args, &[ip], program].concat());
+        assert_eq!(said.stderr.lines().count(), 1, "{said}");
+        for word in ["warning: ", ip, other, "--hosts"] {
+            assert!(said.stderr.contains(word), "no {word:?} in {said}");
+        }
+    }
+    for own in ["10.81.0.9", "10.83.0.9"] {
+        let said = said(&["endpoint", "create", "--ip", own]);
+        assert_eq!(said.stderr, "", "{said}");
+    }
+    for name in ["one", "two"] {
+        let line = format!("warning: endpoint \"{name}\"");
+        hosts.bed_mut(0).router().wait_for(&line, DEADLINE).unwrap();
+    }
+}
+
+#[test]
 fn what_a_router_cannot_use_is_named() {
     let place = freeflow_tests::Place::ordinary().unwrap();
     for args in [

@@ -90,6 +90,9 @@ pub enum ControlAnswer {
         underlay: Option<IpAddr>,
         /// Where its sessions are opened.
         socket: PathBuf,
+        /// What will not be as the caller expects, in one line.
+        #[serde(default)]
+        warning: Option<String>,
     },
     /// It is done.
     Done,

@@ -138,6 +138,13 @@ impl Client {
     }
 }
 
+/// Tells the user what a router warns of.
+pub(crate) fn warn(warning: Option<String>) {
+    if let Some(warning) = warning {
+        eprintln!("freeflow: warning: {warning}");
+    }
+}
+
 /// An answer that does not fit the question.
 pub(crate) fn unexpected<T>(answer: ControlAnswer) -> Result<T> {
     match answer {

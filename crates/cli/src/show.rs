@@ -8,7 +8,7 @@ use freeflow_api::{
     QuotaStatus, Resource, RouterStatus, RuntimeDir, SessionStatus,
 };
 
-use crate::client::{Client, unexpected};
+use crate::client::{Client, unexpected, warn};
 use crate::{EndpointCommand, Output};
 
 pub(crate) fn status(dir: &RuntimeDir, output: Output) -> Result<ExitCode> {
@@ -288,15 +288,19 @@ pub(crate) fn endpoint(dir: &RuntimeDir, command: &EndpointCommand) -> Result<Ex
                     ip,
                     underlay,
                     socket,
-                } => match output.output {
-                    Output::Json => {
-                        let made = serde_json::json!({
-                            "name": name, "ip": ip, "underlay": underlay, "socket": socket
-                        });
-                        println!("{}", serde_json::to_string_pretty(&made)?);
+                    warning,
+                } => {
+                    warn(warning);
+                    match output.output {
+                        Output::Json => {
+                            let made = serde_json::json!({
+                                "name": name, "ip": ip, "underlay": underlay, "socket": socket
+                            });
+                            println!("{}", serde_json::to_string_pretty(&made)?);
+                        }
+                        Output::Text => println!("{name} {ip} {}", socket.display()),
                     }
-                    Output::Text => println!("{name} {ip} {}", socket.display()),
-                },
+                }
                 other => return unexpected(other),
             }
         }

@@ -12,7 +12,7 @@ use freeflow_api::{ControlAnswer, NewEndpoint, Operation, RuntimeDir};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FlockOperation, flock};
 
-use crate::client::{Client, unexpected};
+use crate::client::{Client, unexpected, warn};
 
 /// A router that is not there after this time has a problem.
 const START_TIME: Duration = Duration::from_secs(30);
@@ -41,7 +41,9 @@ pub(crate) fn endpoint(dir: &RuntimeDir, new: &NewEndpoint, verbose: bool) -> Re
                 ip,
                 underlay,
                 socket,
+                warning,
             } => {
+                warn(warning);
                 return Ok(Endpoint {
                     name,
                     ip,

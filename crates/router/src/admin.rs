@@ -80,6 +80,15 @@ struct State {
     stop: bool,
 }
 
+/// An endpoint that was created.
+struct Created {
+    name: String,
+    ip: IpAddr,
+    underlay: Option<IpAddr>,
+    socket: PathBuf,
+    warning: Option<String>,
+}
+
 fn io_error(what: &str, path: &Path, source: impl Into<io::Error>) -> RouterError {
     RouterError::Io {
         what: format!("{what} {}", path.display()),
@@ -323,26 +332,35 @@ impl Admin {
         let mut state = self.state();
         state.coming -= 1;
         state.since = Instant::now();
-        let (name, ip, underlay, socket) = created?;
+        let created = created?;
         state.had_any = true;
         state.created += 1;
         let number = state.created;
-        state.endpoints.insert(name.clone(), number);
+        state.endpoints.insert(created.name.clone(), number);
+        drop(state);
         if ends_with_us {
-            ephemeral.push((name.clone(), number));
+            ephemeral.push((created.name.clone(), number));
+        }
+        let Created {
+            name,
+            ip,
+            underlay,
+            socket,
+            warning,
+        } = created;
+        if let Some(warning) = &warning {
+            self.notice(format!("warning: {warning}"));
         }
         Ok(ControlAnswer::Created {
             name,
             ip,
             underlay,
             socket,
+            warning,
         })
     }
 
-    fn create_now(
-        &self,
-        new: NewEndpoint,
-    ) -> Result<(String, IpAddr, Option<IpAddr>, PathBuf), RouterError> {
+    fn create_now(&self, new: NewEndpoint) -> Result<Created, RouterError> {
         let tenant = new.tenant.unwrap_or_else(|| "default".to_owned());
         if !is_tenant(&tenant) {
             return Err(RouterError::BadTenant { name: tenant });
@@ -372,15 +390,26 @@ impl Admin {
         let socket = self.dir.endpoint_socket(&name);
         let spec = EndpointSpec {
             name: name.clone(),
-            tenant,
+            tenant: tenant.clone(),
             ip: VirtualIp(ip),
             socket: socket.clone(),
             quota: new.quota,
             underlay_gid: new.underlay_gid,
         };
         self.router.add_endpoint(spec)?;
-        let underlay = self.router.underlay().filter(|_| new.underlay_gid);
-        Ok((name, ip, underlay, socket))
+        let elsewhere = self.router.elsewhere(&tenant, VirtualIp(ip));
+        Ok(Created {
+            warning: elsewhere.map(|host| {
+                format!(
+                    "endpoint \"{name}\" has address {ip} of tenant {tenant}, which the map (--hosts) \
+                     gives to host {host}: endpoints on other hosts do not reach it"
+                )
+            }),
+            underlay: self.router.underlay().filter(|_| new.underlay_gid),
+            name,
+            ip,
+            socket,
+        })
     }
 
     fn attach(&self, name: &str, fds: &[OwnedFd]) -> Result<(), RouterError> {

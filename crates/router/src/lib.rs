@@ -487,6 +487,12 @@ impl Router {
         self.underlay
     }
 
+    /// The other host to which the map gives an address of a tenant.
+    pub(crate) fn elsewhere(&self, tenant: &str, ip: VirtualIp) -> Option<IpAddr> {
+        self.shared
+            .with(|engine| engine.network.find(tenant, ip.into()))
+    }
+
     /// Tenant of an endpoint.
     pub(crate) fn tenant(&self, endpoint: &str) -> Option<String> {
         self.shared.with(|engine| engine.tenant(endpoint))

@@ -197,7 +197,7 @@ impl Network {
     }
 
     /// The host that has an endpoint of a tenant, if it is another one.
-    fn find(&self, tenant: &str, gid: Gid) -> Option<IpAddr> {
+    pub(crate) fn find(&self, tenant: &str, gid: Gid) -> Option<IpAddr> {
         self.fabric.as_ref()?;
         self.map.find(tenant, gid)
     }
