@@ -379,6 +379,10 @@ fn a_router_without_a_certificate_that_others_believe_does_not_start() {
     let ca = format!("{dir}/ca");
     call(&format!("host ca {ca}")).success().unwrap();
     refused(&format!("host ca {ca}"), "is there already");
+    refused(
+        &format!("host cert ca --ca {ca} --out {ca}/."),
+        "is the authority's",
+    );
     let own = format!("router --underlay 192.0.2.9 --hosts {dir}/hosts");
     refused(&own, "--tls-cert");
     let with = |name: &str| {

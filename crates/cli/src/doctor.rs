@@ -10,7 +10,7 @@ use clap::Args;
 use freeflow_convert::UffdMode;
 use rustix::thread::UnshareFlags;
 
-use crate::hosts::{TlsArgs, read_hosts};
+use crate::links::{TlsArgs, read_hosts};
 use crate::{Output, OutputArgs, enter, inject, namespaces, sysfs};
 
 /// A certificate that expires within this time is to be renewed.

@@ -1,20 +1,15 @@
-//! `freeflow host`: certificates for hosts, and how other hosts' routers are reached; and reading
-//! what `freeflow router` is given of both.
+//! `freeflow host`: certificates for hosts, and how other hosts' routers are reached.
 
 use std::io::Write;
-use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::SystemTime;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
+use clap::Subcommand;
 use clap::builder::RangedI64ValueParser;
-use clap::{Args, Subcommand};
 use freeflow_api::RuntimeDir;
 use freeflow_link::pki::{Authority, MAX_DAYS, Validity};
-use freeflow_link::{Identity, IdentityError, Part};
-use freeflow_router::{Hosts, LinkConfig};
 
 use crate::client::Client;
 use crate::{Output, OutputArgs, show};
@@ -107,6 +102,13 @@ fn make_certificate(names: &[String], ca: &Path, out: &Path, days: u32) -> Resul
         .with_context(|| format!("{}", ca.display()))?;
     let made = authority.issue(&names, Validity::days(days))?;
     std::fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
+    let is_authority = out.canonicalize()? == ca.canonicalize()?;
+    if is_authority && format!("{first}.pem") == CA_CERT {
+        bail!(
+            "{} is the authority's: name another directory for the host's with --out",
+            out.join(CA_CERT).display()
+        );
+    }
     let cert = out.join(format!("{first}.pem"));
     let key = out.join(format!("{first}.key"));
     write(&key, &made.key, 0o600)?;
@@ -137,100 +139,4 @@ fn write(file: &Path, text: &str, mode: u32) -> Result<()> {
         .and_then(|()| opened.sync_all())
         .and_then(|()| std::fs::rename(&new, file))
         .with_context(context)
-}
-
-/// What a router shows others, and whom it believes.
-#[derive(Args, Clone)]
-pub(crate) struct TlsArgs {
-    /// This host's certificate (PEM), for its address in the network between hosts or its name in
-    /// the map
-    #[arg(long, value_name = "FILE", requires_all = ["tls_key", "tls_ca"])]
-    tls_cert: Option<PathBuf>,
-    /// The certificate's private key (PEM)
-    #[arg(long, value_name = "FILE", requires = "tls_cert")]
-    tls_key: Option<PathBuf>,
-    /// Certificate of the authority that other hosts' certificates must be of (PEM)
-    #[arg(long, value_name = "FILE", requires = "tls_cert")]
-    tls_ca: Option<PathBuf>,
-}
-
-impl TlsArgs {
-    /// Reads the files, if they are given, and looks whether other hosts will believe them.
-    pub(crate) fn read(&self, underlay: Option<IpAddr>, hosts: &Hosts) -> Result<Option<Identity>> {
-        let (Some(cert), Some(key), Some(ca)) = (&self.tls_cert, &self.tls_key, &self.tls_ca)
-        else {
-            return Ok(None);
-        };
-        let read = |file: &Path| {
-            std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))
-        };
-        let made = Identity::from_pem(&read(cert)?, &read(key)?, &read(ca)?);
-        let identity = made.map_err(|e| match e {
-            IdentityError::Pem { part } => {
-                let file = match part {
-                    Part::Certificate => cert,
-                    Part::Key => key,
-                    Part::Authority => ca,
-                };
-                anyhow!("{} holds no {} in PEM", file.display(), part.holds())
-            }
-            IdentityError::WrongKey => {
-                anyhow!("{} is not the key of {}", key.display(), cert.display())
-            }
-            e => {
-                let of = format!("{}, {}, {}", cert.display(), key.display(), ca.display());
-                anyhow::Error::from(e).context(of)
-            }
-        })?;
-        if let Some(underlay) = underlay {
-            let now = SystemTime::now();
-            identity
-                .check(hosts.name(underlay), underlay, now)
-                .with_context(|| format!("{}, {}", cert.display(), ca.display()))?;
-        }
-        Ok(Some(identity))
-    }
-}
-
-/// How a router knows others.
-#[derive(Args, Clone)]
-pub(crate) struct LinkArgs {
-    /// TCP port of all routers' control connections
-    #[arg(long, value_name = "PORT", default_value_t = freeflow_link::DEFAULT_PORT, requires = "hosts",
-        value_parser = clap::value_parser!(u16).range(1..))]
-    control_port: u16,
-    #[command(flatten)]
-    pub(crate) tls: TlsArgs,
-    /// Believe that whoever sends from a host's address is that host: for networks that nobody else
-    /// is in
-    #[arg(long, requires = "hosts", conflicts_with = "tls_cert")]
-    insecure: bool,
-}
-
-impl LinkArgs {
-    pub(crate) fn config(&self, underlay: Option<IpAddr>, hosts: &Hosts) -> Result<LinkConfig> {
-        let identity = self.tls.read(underlay, hosts)?;
-        if identity.is_none() && !self.insecure {
-            bail!(
-                "--hosts needs --tls-cert, --tls-key and --tls-ca, by which hosts know each other \
-                 (`freeflow host ca` and `freeflow host cert` make them); or --insecure, if nobody \
-                 else can send in the network between hosts"
-            );
-        }
-        Ok(LinkConfig {
-            port: self.control_port,
-            identity,
-        })
-    }
-}
-
-/// Reads the map of hosts, for one with an address in the network between them.
-pub(crate) fn read_hosts(file: &Path, underlay: Option<IpAddr>) -> Result<Hosts> {
-    let text = std::fs::read_to_string(file)
-        .with_context(|| format!("cannot read the hosts in {}", file.display()))?;
-    let read = Hosts::parse(&text).and_then(|hosts| match underlay {
-        Some(underlay) => hosts.check_reach(underlay).map(|()| hosts),
-        None => Ok(hosts),
-    });
-    read.with_context(|| format!("{}", file.display()))
 }

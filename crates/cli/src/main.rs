@@ -5,6 +5,7 @@ mod doctor;
 mod enter;
 mod hosts;
 mod inject;
+mod links;
 mod namespaces;
 mod router;
 mod run;
@@ -171,7 +172,7 @@ struct NetworkArgs {
     #[arg(long, value_name = "FILE", requires = "underlay")]
     hosts: Option<PathBuf>,
     #[command(flatten)]
-    links: hosts::LinkArgs,
+    links: links::LinkArgs,
 }
 
 #[derive(Args)]

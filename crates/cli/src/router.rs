@@ -13,7 +13,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::client::{Client, unexpected};
-use crate::hosts::read_hosts;
+use crate::links::read_hosts;
 use crate::{NetworkArgs, namespaces, start};
 
 /// Serves until a signal, or, embedded, until the last endpoint is gone.

@@ -224,9 +224,10 @@ fn special_quota(quota: &[QuotaStatus]) -> String {
         };
         let limit = q.limit.map_or_else(|| "none".to_owned(), number);
         let name = q.resource.name();
-        let mut text = match q.resource {
-            Resource::Control | Resource::Connects => format!("{name} {limit}/s"),
-            _ => format!("{name} {} of {limit}", number(q.used)),
+        let mut text = if q.resource.is_rate() {
+            format!("{name} {limit}/s")
+        } else {
+            format!("{name} {} of {limit}", number(q.used))
         };
         if q.refused != 0 {
             text.push_str(&format!(" (refused {})", q.refused));
@@ -240,16 +241,11 @@ fn print_quota(quota: &[QuotaStatus]) {
     let mut rows = vec![row(&["QUOTA", "USED", "LIMIT", "REFUSED"])];
     for q in quota {
         let limit = q.limit.map_or_else(|| "none".to_owned(), |n| n.to_string());
-        rows.push(match q.resource {
-            Resource::Control | Resource::Connects => {
-                row(&[q.resource.name(), "-", &format!("{limit}/s"), "-"])
-            }
-            other => row(&[
-                other.name(),
-                &q.used.to_string(),
-                &limit,
-                &q.refused.to_string(),
-            ]),
+        let name = q.resource.name();
+        rows.push(if q.resource.is_rate() {
+            row(&[name, "-", &format!("{limit}/s"), "-"])
+        } else {
+            row(&[name, &q.used.to_string(), &limit, &q.refused.to_string()])
         });
     }
     println!();

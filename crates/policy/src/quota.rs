@@ -19,6 +19,11 @@ macro_rules! resources {
                 match self { $(Resource::$variant => $name,)+ }
             }
 
+            /// Whether it is so many per second, rather than so many at a time.
+            pub const fn is_rate(self) -> bool {
+                matches!(self, Resource::Control | Resource::Connects)
+            }
+
             const fn default_limit(self) -> u64 {
                 match self { $(Resource::$variant => $default,)+ }
             }
@@ -107,9 +112,10 @@ impl FromStr for Setting {
         let resource = resource.ok_or_else(|| ParseError::Name {
             name: name.to_owned(),
         })?;
-        let number = match resource {
-            Resource::Control | Resource::Connects => number.strip_suffix("/s").unwrap_or(number),
-            _ => number,
+        let number = if resource.is_rate() {
+            number.strip_suffix("/s").unwrap_or(number)
+        } else {
+            number
         };
         let limit = if number == "none" {
             NONE
