@@ -20,7 +20,7 @@ pub mod raw;
 pub mod rig;
 
 pub use bed::{Bed, Endpoint, Lasting, count, dist};
-pub use compiled::compiled;
+pub use compiled::{compiled, compiled_by};
 pub use footprint::Footprint;
 pub use fuse::StuckFile;
 pub use hosts::{Hosts, Trust, Underlay};

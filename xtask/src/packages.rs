@@ -20,13 +20,26 @@ pub(crate) const PROGRAMS: [&str; 11] = [
     "python3-minimal",
 ];
 
+/// What people run over verbs: tests alone do.
+pub(crate) const APPLICATIONS: [&str; 7] = [
+    "openmpi-bin",
+    "mpich",
+    "tgt",
+    "libiscsi-bin",
+    "qemu-block-extra",
+    "qemu-utils",
+    "qemu-system-x86",
+];
+
 /// What tests compile against, and what they look at programs and set devices up with.
-pub(crate) const DEVELOPMENT: [&str; 10] = [
+pub(crate) const DEVELOPMENT: [&str; 12] = [
     "gcc",
     "libc6-dev",
     "libibverbs-dev",
     "librdmacm-dev",
     "libucx-dev",
+    "libopenmpi-dev",
+    "libmpich-dev",
     "binutils",
     "ethtool",
     "valgrind",
