@@ -1,7 +1,11 @@
 /* Checks that say what failed and go on; the exit code is 1 if any did. */
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+
+/* Nothing takes so long: a wait that does is a failure. */
+#define DEADLINE_MS 60000
 
 static int checks_failed, checks_done;
 
@@ -14,6 +18,21 @@ static int checks_failed, checks_done;
 			printf("%s:%d: %s (errno %d, %s)\n", __FILE__, __LINE__,           \
 			       #condition, said, strerror(said));                          \
 		}                                                                          \
+	} while (0)
+
+/* A step without which the rest makes no sense. */
+#define MUST(condition)                                                                    \
+	do {                                                                               \
+		CHECK(condition);                                                          \
+		if (checks_failed)                                                         \
+			exit(1);                                                           \
+	} while (0)
+
+/* A call that fails with this errno. */
+#define FAILS(call, error)                                                                 \
+	do {                                                                               \
+		errno = 0;                                                                 \
+		CHECK((call) == -1 && errno == (error));                                   \
 	} while (0)
 
 /* An object, or NULL with EOPNOTSUPP: true if it is there. */

@@ -16,28 +16,11 @@
 
 #include "check.h"
 
-/* Nothing takes so long: a wait that does is a failure. */
-#define DEADLINE_MS 60000
 #define REASON_NO_LISTENER 8
 #define REASON_BY_CONSUMER 28
 
 static struct sockaddr_in address;
 static char buffer[8192] __attribute__((aligned(4096)));
-
-/* A step without which the rest makes no sense. */
-#define MUST(condition)                                                                    \
-	do {                                                                               \
-		CHECK(condition);                                                          \
-		if (checks_failed)                                                         \
-			exit(1);                                                           \
-	} while (0)
-
-/* A call that fails with this errno. */
-#define FAILS(call, error)                                                                 \
-	do {                                                                               \
-		errno = 0;                                                                 \
-		CHECK((call) == -1 && errno == (error));                                   \
-	} while (0)
 
 static struct sockaddr *at(uint16_t port)
 {

@@ -1,44 +1,35 @@
 /*
  * Rsockets: both ends in one process, on one endpoint.
  *
- * Usage: rsockets ADDRESS CASE [PORT]
+ * Usage: rsockets ADDRESS CASE [ARGUMENT]
+ *
+ * The argument is the port to listen at, or what the case says.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
+#include <dirent.h>
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <ifaddrs.h>
+#include <limits.h>
+#include <net/if.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
 #include <rdma/rsocket.h>
+#include <semaphore.h>
 #include <signal.h>
-#include <stdlib.h>
 #include <sys/epoll.h>
+#include <sys/resource.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "check.h"
 
-/* Nothing takes so long: a wait that does is a failure. */
-#define DEADLINE_MS 60000
-
 static struct sockaddr_in address;
-
-/* A step without which the rest makes no sense. */
-#define MUST(condition)                                                                    \
-	do {                                                                               \
-		CHECK(condition);                                                          \
-		if (checks_failed)                                                         \
-			exit(1);                                                           \
-	} while (0)
-
-/* A call that fails with this errno. */
-#define FAILS(call, error)                                                                 \
-	do {                                                                               \
-		errno = 0;                                                                 \
-		CHECK((call) == -1 && errno == (error));                                   \
-	} while (0)
+static const char *argument;
 
 struct pair {
 	int listener, near, far;
@@ -739,10 +730,13 @@ static void datagrams(void)
 /* Sends back what one peer sends, until that ends. */
 static void echo(void)
 {
-	int listener = listen_with(0, 0), fd = raccept(listener, NULL, NULL);
+	int listener, fd;
 	char *all = malloc(16 << 20);
 	ssize_t n = 0, len = 0, sent = 0;
 
+	address.sin_port = htons(atoi(argument));
+	listener = listen_with(0, 0);
+	fd = raccept(listener, NULL, NULL);
 	MUST(fd >= 0);
 	while ((n = rrecv(fd, all + len, (16 << 20) - len, 0)) > 0)
 		len += n;
@@ -785,8 +779,7 @@ int main(int argc, char **argv)
 	if (argc < 3 || argc > 4 || inet_pton(AF_INET, argv[1], &address.sin_addr) != 1)
 		return 2;
 	address.sin_family = AF_INET;
-	if (argc == 4)
-		address.sin_port = htons(atoi(argv[3]));
+	argument = argc == 4 ? argv[3] : "0";
 	for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
 		if (strcmp(cases[i].name, argv[2]) == 0) {
 			cases[i].run();

@@ -4,6 +4,7 @@
 //! what was skipped and says so at its end. Every wait has a deadline.
 
 mod bed;
+mod checker;
 mod compiled;
 mod footprint;
 mod fuse;
@@ -20,6 +21,7 @@ pub mod raw;
 pub mod rig;
 
 pub use bed::{Bed, Endpoint, Lasting, count, dist};
+pub use checker::{Checker, held};
 pub use compiled::{compiled, compiled_by};
 pub use footprint::Footprint;
 pub use fuse::StuckFile;

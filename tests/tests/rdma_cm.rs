@@ -6,46 +6,26 @@ use std::process::Command;
 use std::time::Instant;
 
 use freeflow_tests::{
-    Bed, DEADLINE, Ended, Endpoint, Hosts, Running, compiled, free_port, have, skip,
+    Bed, Checker, DEADLINE, Ended, Endpoint, Hosts, Running, count, free_port, have, skip,
     wait_for_listener_of,
 };
 use rustix::process::Signal;
-use serde_json::Value;
 
 fn bed() -> Bed {
     Bed::new().expect("a router starts")
 }
 
-/// The program of tests/c; none if it cannot be compiled here.
-fn checker() -> Option<String> {
-    compiled("rdma_cm")
-}
-
-fn start_checker(program: &str, endpoint: &Endpoint<'_>, case: &str) -> Running {
-    let ip = endpoint.ip.to_string();
-    let started = endpoint.start(program, &[&ip, case]);
-    started.expect("the program starts")
-}
-
-fn holds(case: &str) {
-    let Some(program) = checker() else {
-        return;
-    };
-    let bed = bed();
-    let endpoint = bed.endpoint();
-    let said = start_checker(&program, &endpoint, case)
-        .wait(DEADLINE)
-        .unwrap();
-    let said = said.success().unwrap_or_else(|e| panic!("{e:#}"));
-    assert!(said.stdout.contains(" 0 failed"), "{said}");
-    assert_eq!(said.stderr, "", "{said}");
+fn checker() -> Option<Checker> {
+    Checker::new("rdma_cm")
 }
 
 macro_rules! cases {
     ($($case:ident)*) => {
         $(#[test]
         fn $case() {
-            holds(stringify!($case));
+            if let Some(checker) = checker() {
+                checker.holds(None, stringify!($case));
+            }
         })*
     };
 }
@@ -58,30 +38,8 @@ cases! {
 
 #[test]
 fn a_thread_that_waits_for_events_is_told_that_the_router_died() {
-    let Some(program) = checker() else {
-        return;
-    };
-    let mut bed = bed();
-    let running = start_checker(&program, &bed.endpoint(), "router_dies");
-    running.wait_for("ready", DEADLINE).unwrap();
-    bed.router().signal(Signal::KILL);
-    let said = running.wait(DEADLINE).and_then(Ended::success);
-    let said = said.unwrap_or_else(|e| panic!("{e:#}"));
-    assert!(said.stdout.contains(" 0 failed"), "{said}");
-}
-
-/// The sum of all numbers of this name in the status.
-fn count(status: &Value, name: &str) -> u64 {
-    match status {
-        Value::Object(map) => map
-            .iter()
-            .map(|(key, value)| match value.as_u64() {
-                Some(n) if key == name => n,
-                _ => count(value, name),
-            })
-            .sum(),
-        Value::Array(all) => all.iter().map(|value| count(value, name)).sum(),
-        _ => 0,
+    if let Some(checker) = checker() {
+        checker.outlives_router(None, "router_dies");
     }
 }
 

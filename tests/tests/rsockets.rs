@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use freeflow_tests::{
-    Bed, DEADLINE, Ended, Endpoint, Hosts, Place, Running, compiled, count, have, skip,
+    Bed, Checker, DEADLINE, Ended, Endpoint, Hosts, Place, Running, count, have, held, skip,
     wait_for_listener_of,
 };
 use rustix::process::Signal;
@@ -16,39 +16,17 @@ fn bed() -> Bed {
     Bed::new().expect("a router starts")
 }
 
-/// The program of tests/c; none if it cannot be compiled here.
-fn checker() -> Option<String> {
-    compiled("rsockets")
-}
-
-fn start_checker(program: &str, endpoint: &Endpoint<'_>, case: &str) -> Running {
-    let ip = endpoint.ip.to_string();
-    let started = endpoint.start(program, &[&ip, case]);
-    started.expect("the program starts")
-}
-
-fn no_check_failed(said: &Ended) {
-    assert!(said.stdout.contains(" 0 failed"), "{said}");
-}
-
-fn holds(case: &str) {
-    let Some(checker) = checker() else {
-        return;
-    };
-    let bed = bed();
-    let said = start_checker(&checker, &bed.endpoint(), case)
-        .wait(DEADLINE)
-        .unwrap();
-    let said = said.success().unwrap_or_else(|e| panic!("{e:#}"));
-    no_check_failed(&said);
-    assert_eq!(said.stderr, "", "{said}");
+fn checker() -> Option<Checker> {
+    Checker::new("rsockets")
 }
 
 macro_rules! cases {
     ($($case:ident)*) => {
         $(#[test]
         fn $case() {
-            holds(stringify!($case));
+            if let Some(checker) = checker() {
+                checker.holds(None, stringify!($case));
+            }
         })*
     };
 }
@@ -60,15 +38,9 @@ cases! {
 
 #[test]
 fn streams_end_when_the_router_dies() {
-    let Some(checker) = checker() else {
-        return;
-    };
-    let mut bed = bed();
-    let running = start_checker(&checker, &bed.endpoint(), "router_dies");
-    running.wait_for("ready", DEADLINE).unwrap();
-    bed.router().signal(Signal::KILL);
-    let said = running.wait(DEADLINE).and_then(Ended::success);
-    no_check_failed(&said.unwrap_or_else(|e| panic!("{e:#}")));
+    if let Some(checker) = checker() {
+        checker.outlives_router(None, "router_dies");
+    }
 }
 
 /// The places whose users can have private networks: there, sockets that are none of ours go from
@@ -105,11 +77,11 @@ fn datagrams() {
             .tempdir_in("/tmp")
             .unwrap();
         let program = dir.path().join("rsockets");
-        std::fs::copy(&checker, &program).unwrap();
+        std::fs::copy(&checker.program, &program).unwrap();
         let program = program.to_str().unwrap();
         let ip = "10.77.0.1";
         let said = place.clean(&private(ip, &[program, ip, "datagrams"]));
-        no_check_failed(&said.unwrap_or_else(|e| panic!("{e:#}")));
+        held(said);
     }
 }
 
@@ -397,12 +369,11 @@ print('same' if back == data else f'{len(back)} bytes')
     let endpoint = bed.endpoint();
     let port = "4711";
     let ip = endpoint.ip.to_string();
-    let server = serve(&bed, &endpoint, &[&checker, &ip, "echo", port]);
+    let server = serve(&bed, &endpoint, &[&checker.program, &ip, "echo", port]);
     let preload = format!("LD_PRELOAD={PRELOAD}");
     let client = bed.endpoint();
     let args = [&preload, PYTHON, "-c", SCRIPT, &ip, port];
     let said = client.run("env", &args).unwrap_or_else(|e| panic!("{e:#}"));
     assert_eq!(said.stdout.trim(), "same", "{said}");
-    let said = server.wait(DEADLINE).and_then(Ended::success);
-    no_check_failed(&said.unwrap_or_else(|e| panic!("{e:#}")));
+    held(server.wait(DEADLINE));
 }
