@@ -13,6 +13,7 @@ use freeflow_api::{
 use rustix::net::RecvFlags;
 use tempfile::TempDir;
 
+use crate::place::private_networks;
 use crate::raw::{dial, say};
 use crate::{DEADLINE, Ended, Running, free_port, wait_for_listener};
 
@@ -117,6 +118,13 @@ impl Bed {
     /// Runs a `freeflow` command to its end.
     pub fn call(&self, args: &[&str]) -> Result<Ended> {
         Running::start(self.freeflow().args(args))?.wait(DEADLINE)
+    }
+
+    /// As [`Place::has_private_networks`], of this user.
+    ///
+    /// [`Place::has_private_networks`]: crate::Place::has_private_networks
+    pub fn has_private_networks(&self, test: &str) -> bool {
+        private_networks(self.call(&["doctor"]), "this user", test)
     }
 
     /// What the router says of itself.

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use rustix::fs::{Gid, Uid};
 use tempfile::TempDir;
 
-use crate::{DEADLINE, Ended, Running, dist, is_root};
+use crate::{DEADLINE, Ended, Running, dist, is_root, skip};
 
 /// A user id that nobody is known by, for tests that run as root.
 const NOBODY_KNOWN: u32 = 54_321;
@@ -42,6 +42,13 @@ impl Place {
         Ok(all)
     }
 
+    /// Those whose users can have private networks; says loudly who cannot.
+    pub fn private(test: &str) -> Vec<Place> {
+        let mut all = Self::all().expect("places");
+        all.retain(|place| place.has_private_networks(test));
+        all
+    }
+
     fn of(uid: Option<u32>) -> Result<Place> {
         let dir = tempfile::Builder::new()
             .prefix("ffplace")
@@ -69,6 +76,11 @@ impl Place {
             .uid
             .unwrap_or_else(|| rustix::process::geteuid().as_raw());
         format!("user {uid}")
+    }
+
+    /// Whether the user can have private networks; says loudly if not.
+    pub fn has_private_networks(&self, test: &str) -> bool {
+        private_networks(self.call(&["doctor"]), &self.user(), test)
     }
 
     /// A directory that the user may write to.
@@ -142,4 +154,15 @@ impl Place {
         }
         Ok(path)
     }
+}
+
+/// Whether the user of whom the doctor said that can have private networks; says loudly if not.
+pub(crate) fn private_networks(said: Result<Ended>, user: &str, test: &str) -> bool {
+    let said = said.unwrap_or_else(|e| panic!("{e:#}"));
+    let line = said.stdout.lines().find(|l| l.contains("private network"));
+    let line = line.unwrap_or_else(|| panic!("the doctor does not know: {said}"));
+    if !line.starts_with("ok") {
+        skip(test, &format!("{user}: {line}"));
+    }
+    line.starts_with("ok")
 }

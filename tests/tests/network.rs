@@ -3,29 +3,11 @@
 use std::process::Command;
 
 use freeflow_tests::{
-    DEADLINE, Ended, Place, Running, descendants, have, skip, wait_for_listener_of, wait_until,
+    DEADLINE, Ended, Place, Running, descendants, have, wait_for_listener_of, wait_until,
 };
 use rustix::process::Signal;
 
 const PORT: u16 = 18_515;
-
-/// A place whose user can have private networks; says loudly if not.
-fn able(place: &Place, test: &str) -> bool {
-    let said = place.call(&["doctor"]).unwrap();
-    let line = said.stdout.lines().find(|l| l.contains("private network"));
-    let line = line.unwrap_or_else(|| panic!("the doctor does not know: {said}"));
-    if line.starts_with("ok") {
-        return true;
-    }
-    skip(test, &format!("{}: {line}", place.user()));
-    false
-}
-
-fn places(test: &str) -> Vec<Place> {
-    let mut all = Place::all().unwrap();
-    all.retain(|place| able(place, test));
-    all
-}
 
 fn private<'a>(options: &[&'a str], command: &[&'a str]) -> Vec<&'a str> {
     [&["run", "--network", "private"], options, &["--"], command].concat()
@@ -53,7 +35,7 @@ fn perftest_bootstraps_on_the_endpoints_own_addresses() {
     if !have("ib_write_bw") {
         return;
     }
-    for place in places("perftest on private networks") {
+    for place in Place::private("perftest on private networks") {
         let server = private(&["--ip", "10.77.0.1"], &["ib_write_bw", "-n", "500"]);
         let mut server = Running::start(&mut place.freeflow(server)).unwrap();
         if !wait_for_listener_of(&mut server, PORT, DEADLINE) {
@@ -77,7 +59,7 @@ fn endpoints_of_a_tenant_reach_each_other_whatever_their_addresses() {
     if !have("bash") {
         return;
     }
-    for place in places("addresses of private networks") {
+    for place in Place::private("addresses of private networks") {
         for (a, b) in [
             ("10.77.0.1", "10.77.200.7"),
             ("10.77.0.3", "192.168.3.255"),
@@ -97,7 +79,7 @@ fn tenants_do_not_reach_each_other() {
     if !have("bash") {
         return;
     }
-    for place in places("tenants' private networks") {
+    for place in Place::private("tenants' private networks") {
         let _there = start(&place, &["--ip", "10.77.0.1"], "exec sleep 1000");
         let other = ["--tenant", "other", "--ip"];
         let said = connect(&place, &[&other[..], &["10.77.0.2"]].concat(), "10.77.0.1");
@@ -116,7 +98,7 @@ fn tenants_do_not_reach_each_other() {
 
 #[test]
 fn the_program_sees_its_own_network_and_its_own_user() {
-    for place in places("view of a private network") {
+    for place in Place::private("view of a private network") {
         let id = Running::start(place.program("/bin/sh").args(["-c", "id -u; id -g"]))
             .and_then(|id| id.wait(DEADLINE))
             .unwrap();
@@ -136,7 +118,7 @@ fn the_program_sees_its_own_network_and_its_own_user() {
 
 #[test]
 fn many_start_at_the_same_time() {
-    for place in places("many private networks") {
+    for place in Place::private("many private networks") {
         let args = private(&[], &["sh", "-c", "test -e /sys/class/net/eth0 && echo up"]);
         let all: Vec<_> = (0..12)
             .map(|_| Running::start(&mut place.freeflow(args.iter().copied())).unwrap())
@@ -173,7 +155,7 @@ fn program_of(run: &Running) -> u32 {
 
 #[test]
 fn nothing_is_left_of_what_is_killed() {
-    for place in places("killing with private networks") {
+    for place in Place::private("killing with private networks") {
         let keeper = start(&place, &["--ip", "10.77.0.1"], "exec sleep 1000");
         let router = place.status().unwrap()["pid"].as_u64().unwrap() as u32;
         let descriptors = || {
@@ -223,7 +205,7 @@ fn kill(pid: u32) {
 
 #[test]
 fn a_program_in_a_private_network_can_run_another() {
-    for place in places("private networks inside of each other") {
+    for place in Place::private("private networks inside of each other") {
         let freeflow = place.binary();
         let inner = ["--ip", "10.77.0.2"];
         let script = [
@@ -248,7 +230,7 @@ fn memory_that_cannot_be_shared_is_reached_in_user_namespaces() {
     }
     let place = Place::ordinary().unwrap();
     let mut networks = vec!["host"];
-    if able(&place, "files as buffers in a private network") {
+    if place.has_private_networks("files as buffers in a private network") {
         networks.push("private");
     }
     for network in networks {
@@ -297,7 +279,7 @@ fn where_it_cannot_be_had_one_line_says_what_to_do() {
         return;
     }
     let place = Place::ordinary().unwrap();
-    if !able(&place, "forbidden user namespaces") {
+    if !place.has_private_networks("forbidden user namespaces") {
         return;
     }
     // A user namespace in which nobody has a privilege, nor can get one in another.

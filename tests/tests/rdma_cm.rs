@@ -384,17 +384,6 @@ fn fio_reads_writes_and_sends() {
     }
 }
 
-/// Whether programs can have networks of their own here; says loudly if not.
-fn private_networks(bed: &Bed, test: &str) -> bool {
-    let said = bed.call(&["doctor"]).unwrap();
-    let line = said.stdout.lines().find(|l| l.contains("private network"));
-    let line = line.unwrap_or_else(|| panic!("the doctor does not know: {said}"));
-    if !line.starts_with("ok") {
-        skip(test, line);
-    }
-    line.starts_with("ok")
-}
-
 /// A program that runs as an endpoint in a network of its own.
 fn private(bed: &Bed, ip: &str, command: &[&str]) -> Running {
     let network = ["run", "--network", "private", "--ip", ip, "--"];
@@ -408,7 +397,7 @@ fn libfabric_over_each_of_its_endpoint_types() {
         return;
     }
     let bed = bed();
-    if !private_networks(&bed, "libfabric") {
+    if !bed.has_private_networks("libfabric") {
         return;
     }
     for (provider, kind, more) in [
@@ -443,7 +432,7 @@ fn qperf_connects_by_the_connection_manager() {
         return;
     }
     let bed = bed();
-    if !private_networks(&bed, "qperf by the connection manager") {
+    if !bed.has_private_networks("qperf by the connection manager") {
         return;
     }
     let port = free_port().to_string();

@@ -43,23 +43,7 @@ fn streams_end_when_the_router_dies() {
     }
 }
 
-/// The places whose users can have private networks: there, sockets that are none of ours go from
-/// endpoint to endpoint too.
-fn private_places(test: &str) -> Vec<Place> {
-    let mut places = Place::all().unwrap();
-    places.retain(|place| {
-        let said = place.call(&["doctor"]).unwrap();
-        let line = said.stdout.lines().find(|l| l.contains("private network"));
-        let line = line.unwrap_or_else(|| panic!("the doctor does not know: {said}"));
-        let able = line.starts_with("ok");
-        if !able {
-            skip(test, &format!("{}: {line}", place.user()));
-        }
-        able
-    });
-    places
-}
-
+/// In a network of its own: there, sockets that are none of ours go from endpoint to endpoint too.
 fn private<'a>(ip: &'a str, command: &[&'a str]) -> Vec<&'a str> {
     [&["run", "--network", "private", "--ip", ip, "--"], command].concat()
 }
@@ -70,7 +54,7 @@ fn datagrams() {
     let Some(checker) = checker() else {
         return;
     };
-    for place in private_places("datagrams") {
+    for place in Place::private("datagrams") {
         // Where every user may read it.
         let dir = tempfile::Builder::new()
             .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755))
@@ -94,7 +78,7 @@ fn forking_servers_under_librspreload() {
     if !have("rstream") || !preloads() {
         return;
     }
-    for place in private_places("forking servers under librspreload") {
+    for place in Place::private("forking servers under librspreload") {
         // One that was killed in its turn keeps it.
         let _ = std::fs::remove_file(SEMAPHORE);
         // The router stays to be asked.
