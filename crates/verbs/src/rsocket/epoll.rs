@@ -4,14 +4,13 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use freeflow_client::Errno;
 use libc::{EPOLLERR, EPOLLET, EPOLLHUP, EPOLLONESHOT, POLLIN, epoll_event, pollfd};
 use rustix::event::epoll as real;
 
-use super::config::defaults;
-use super::poll::{ALWAYS, Entry, Look, check, wait_once};
+use super::poll::{ALWAYS, Entry, Look, Turn, check, take_turns, wait_once};
 use super::table::{Descriptor, find};
 use super::wait::{self, Waits, Wake, input};
 
@@ -238,44 +237,27 @@ impl Epoll {
         events: &mut [epoll_event],
         timeout: Option<Duration>,
     ) -> Result<usize, Errno> {
-        let start = Instant::now();
-        let deadline = timeout.and_then(|timeout| start.checked_add(timeout));
-        let at_once = timeout == Some(Duration::ZERO);
-        loop {
-            let mut entries = self.entries();
-            let look = if at_once { Look::IfDue } else { Look::No };
-            if check(&mut entries, look)? != 0 {
-                let n = self.collect(&entries, events)?;
-                if n != 0 {
-                    return Ok(n);
+        take_turns(timeout, |turn| {
+            let (entries, ready) = match turn {
+                Turn::Look(look) => {
+                    let mut entries = self.entries();
+                    let ready = check(&mut entries, look)?;
+                    (entries, ready)
                 }
-            }
-            if at_once {
-                // As in `poll`.
-                rustix::thread::sched_yield();
-                return Ok(0);
-            }
-            if start.elapsed() >= defaults().polling {
-                break;
-            }
-        }
-        let wake = Wake::mine()?;
-        loop {
-            let Ok(left) = wait::until(deadline) else {
-                return Ok(0);
+                Turn::Wait(wake, left) => {
+                    self.lock().watchers.push(wake.clone());
+                    // What was changed before that is seen, and what is changed later wakes.
+                    let mut entries = self.entries();
+                    let ready = wait_once(&mut entries, wake, left);
+                    self.unwatch(wake);
+                    (entries, ready?)
+                }
             };
-            self.lock().watchers.push(wake.clone());
-            // What was changed before that is seen, and what is changed later wakes.
-            let mut entries = self.entries();
-            let ready = wait_once(&mut entries, &wake, left);
-            self.unwatch(&wake);
-            if ready? != 0 {
-                let n = self.collect(&entries, events)?;
-                if n != 0 {
-                    return Ok(n);
-                }
+            match ready {
+                0 => Ok(0),
+                _ => self.collect(&entries, events),
             }
-        }
+        })
     }
 
     /// Whether there are events, for `poll` over it.

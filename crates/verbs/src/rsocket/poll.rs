@@ -248,12 +248,23 @@ pub(super) fn wait_once(
     Ok(count(entries))
 }
 
-/// Waits until some are ready; how many.
-fn wait_for(entries: &mut [Entry], timeout: Option<Duration>) -> Result<usize, Errno> {
+/// What to do to find something ready.
+pub(super) enum Turn<'a> {
+    /// To look at once.
+    Look(Look),
+    /// To wait for at most that long.
+    Wait(&'a Arc<Wake>, Option<Duration>),
+}
+
+/// Takes turns until one finds some ready, or the time is over; how many.
+pub(super) fn take_turns(
+    timeout: Option<Duration>,
+    mut turn: impl FnMut(Turn<'_>) -> Result<usize, Errno>,
+) -> Result<usize, Errno> {
     let start = Instant::now();
     let deadline = timeout.and_then(|timeout| start.checked_add(timeout));
     if timeout == Some(Duration::ZERO) {
-        let ready = check(entries, Look::IfDue)?;
+        let ready = turn(Turn::Look(Look::IfDue))?;
         if ready == 0 {
             // A program that tries again and again must let the router, and the peer, run.
             rustix::thread::sched_yield();
@@ -261,7 +272,7 @@ fn wait_for(entries: &mut [Entry], timeout: Option<Duration>) -> Result<usize, E
         return Ok(ready);
     }
     loop {
-        let ready = check(entries, Look::No)?;
+        let ready = turn(Turn::Look(Look::No))?;
         if ready != 0 {
             return Ok(ready);
         }
@@ -274,11 +285,19 @@ fn wait_for(entries: &mut [Entry], timeout: Option<Duration>) -> Result<usize, E
         let Ok(left) = wait::until(deadline) else {
             return Ok(0);
         };
-        let ready = wait_once(entries, &wake, left)?;
+        let ready = turn(Turn::Wait(&wake, left))?;
         if ready != 0 {
             return Ok(ready);
         }
     }
+}
+
+/// Waits until some are ready; how many.
+fn wait_for(entries: &mut [Entry], timeout: Option<Duration>) -> Result<usize, Errno> {
+    take_turns(timeout, |turn| match turn {
+        Turn::Look(look) => check(entries, look),
+        Turn::Wait(wake, left) => wait_once(entries, wake, left),
+    })
 }
 
 /// A time to wait in milliseconds, as `poll(2)` has it.
