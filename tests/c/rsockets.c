@@ -145,6 +145,59 @@ static struct pair connected(void)
 	return connected_with(0, 0);
 }
 
+/* Two datagram sockets. The second is connected to the first, whom others reach too. */
+static void datagram_pair(int ends[2])
+{
+	struct sockaddr_in names[2];
+
+	for (int i = 0; i < 2; i++) {
+		ends[i] = rsocket(AF_INET, SOCK_DGRAM, 0);
+		MUST(ends[i] >= 0);
+		MUST(rbind(ends[i], (struct sockaddr *)&address, sizeof address) == 0);
+		names[i] = name_of(ends[i]);
+	}
+	MUST(rconnect(ends[1], (struct sockaddr *)&names[0], sizeof *names) == 0);
+}
+
+/* Connects the first one as well. */
+static void datagram_connect(const int ends[2])
+{
+	struct sockaddr_in name = name_of(ends[1]);
+
+	MUST(rconnect(ends[0], (struct sockaddr *)&name, sizeof name) == 0);
+}
+
+/* One datagram there and one back: over UDP, and each knows the other's queue pair then. */
+static void datagrams_meet(const int ends[2])
+{
+	char c = 0;
+
+	for (int i = 0; i < 2; i++) {
+		struct sockaddr_in name = name_of(ends[!i]);
+
+		MUST(rsendto(ends[i], &c, 1, 0, (struct sockaddr *)&name, sizeof name) == 1);
+		MUST(ready(ends[!i], POLLIN, DEADLINE_MS) == POLLIN);
+		MUST(rrecv(ends[!i], &c, 1, 0) == 1);
+	}
+}
+
+static double seconds(clockid_t clock)
+{
+	struct timespec now;
+
+	clock_gettime(clock, &now);
+	return now.tv_sec + now.tv_nsec / 1e9;
+}
+
+static double cpu_seconds(void)
+{
+	struct rusage used;
+
+	getrusage(RUSAGE_SELF, &used);
+	return used.ru_utime.tv_sec + used.ru_stime.tv_sec +
+	       (used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6;
+}
+
 static void end(struct pair pair)
 {
 	CHECK(rclose(pair.near) == 0);
@@ -727,6 +780,42 @@ static void datagrams(void)
 	CHECK(rclose(ends[0]) == 0 && rclose(ends[1]) == 0);
 }
 
+/* Datagram sockets whose router dies: whoever runs this kills it. */
+static void datagrams_router_dies(void)
+{
+	int ends[4][2];
+	double until, used;
+	ssize_t n;
+	char c;
+
+	for (int i = 0; i < 4; i++) {
+		datagram_pair(ends[i]);
+		datagram_connect(ends[i]);
+		datagrams_meet(ends[i]);
+	}
+	used = cpu_seconds();
+	printf("ready\n");
+	fflush(stdout);
+	/* In its sleep, */
+	FAILS(rrecv(ends[0][0], &c, 1, 0), EIO);
+	FAILS(rrecv(ends[0][0], &c, 1, 0), EIO);
+	FAILS(rsend(ends[0][0], &c, 1, 0), EIO);
+	CHECK(ready(ends[1][0], POLLIN, DEADLINE_MS) == (POLLIN | POLLERR));
+	CHECK(ready(ends[1][0], 0, DEADLINE_MS) == POLLERR);
+	CHECK(cpu_seconds() - used < 10);
+	/* and awake. */
+	until = seconds(CLOCK_MONOTONIC) + DEADLINE_MS / 1000;
+	do {
+		n = rrecv(ends[2][0], &c, 1, MSG_DONTWAIT);
+	} while (n < 0 && errno == EAGAIN && seconds(CLOCK_MONOTONIC) < until);
+	CHECK(n < 0 && errno == EIO);
+	while (!(n = ready(ends[3][0], POLLIN, 0)) && seconds(CLOCK_MONOTONIC) < until)
+		;
+	CHECK(n == (POLLIN | POLLERR));
+	for (int i = 0; i < 4; i++)
+		CHECK(rclose(ends[i][0]) == 0 && rclose(ends[i][1]) == 0);
+}
+
 /* Sends back what one peer sends, until that ends. */
 static void echo(void)
 {
@@ -771,6 +860,7 @@ int main(int argc, char **argv)
 		{"exits", exits},
 		{"errors", errors},
 		{"router_dies", router_dies},
+		{"datagrams_router_dies", datagrams_router_dies},
 		{"datagrams", datagrams},
 		{"echo", echo},
 	};

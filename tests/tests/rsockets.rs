@@ -20,18 +20,22 @@ fn checker() -> Option<Checker> {
     Checker::new("rsockets")
 }
 
+/// Every endpoint has it, and so has this machine: datagrams begin over UDP.
+const LOOPBACK: &str = "127.0.0.1";
+
 macro_rules! cases {
-    ($($case:ident)*) => {
+    ($address:expr; $($case:ident)*) => {
         $(#[test]
         fn $case() {
             if let Some(checker) = checker() {
-                checker.holds(None, stringify!($case));
+                checker.holds($address, stringify!($case));
             }
         })*
     };
 }
 
 cases! {
+    None;
     stream threads single_bytes small_buffers backpressure half_close nobody_listens
     flags_and_vectors options mixed_polling waiting_threads epoll direct_writes forks exits errors
 }
@@ -40,6 +44,13 @@ cases! {
 fn streams_end_when_the_router_dies() {
     if let Some(checker) = checker() {
         checker.outlives_router(None, "router_dies");
+    }
+}
+
+#[test]
+fn datagram_sockets_fail_when_the_router_dies() {
+    if let Some(checker) = checker() {
+        checker.outlives_router(Some(LOOPBACK), "datagrams_router_dies");
     }
 }
 

@@ -26,13 +26,16 @@ use super::memory::Vectors;
 use super::options::deadline;
 use super::path::{Arrived, MAX_DATAGRAM, Path, Remote, resolve};
 use super::poll::Ready;
-use super::wait::{self, Source, Waits, Wake, input, wait_for};
+use super::wait::{self, Source, Waits, Wake, input, now, wait_for};
 
 /// Most peers that are remembered though the program has sent them nothing.
 const STRANGERS: usize = 1024;
 
 /// Most UDP datagrams that are taken in at once.
 const UDP_BATCH: usize = 64;
+
+/// Nanoseconds between two looks whether the router lives, by a program that never sleeps.
+const LIFE_NS: u64 = 1_000_000;
 
 /// How long the way to a peer that the program has sent something may take to be found, and to
 /// another.
@@ -77,6 +80,8 @@ pub(super) struct Inner {
     error: Option<Errno>,
     /// The router is gone: nothing is sent or received any more.
     lost: Option<Errno>,
+    /// When it was last looked whether the router lives.
+    lived: u64,
     gone: bool,
     pub(super) activity: u64,
 }
@@ -116,6 +121,7 @@ impl DatagramSocket {
                 watchers: Vec::new(),
                 error: None,
                 lost: None,
+                lived: 0,
                 gone: false,
                 activity: 0,
             }),
@@ -463,6 +469,25 @@ impl Inner {
         }
         some
     }
+
+    /// Takes the events of completions; that there will be none tells that the router is gone.
+    fn take_events(&mut self) {
+        let mut taken = false;
+        let mut lost = None;
+        for path in &mut self.paths {
+            match path.take_events() {
+                Ok(some) => taken |= some,
+                Err(errno) => lost = Some(errno),
+            }
+        }
+        if self.lost.is_none() && lost.is_some() {
+            self.lost = lost;
+            self.changed();
+        } else if taken {
+            // No completion raises an event now: who still sleeps has to arm it again.
+            self.watchers.iter().for_each(|wake| wake.wake());
+        }
+    }
 }
 
 impl Source for Inner {
@@ -476,6 +501,13 @@ impl Source for Inner {
         }
         if some {
             self.changed();
+        }
+        if look && self.lost.is_none() {
+            let now = now();
+            if now.saturating_sub(self.lived) >= LIFE_NS {
+                self.lived = now;
+                self.take_events();
+            }
         }
     }
 
@@ -496,22 +528,8 @@ impl Source for Inner {
 
     fn unwatch(&mut self, wake: &Arc<Wake>, ready: bool) {
         wait::forget(&mut self.watchers, wake);
-        let mut taken = false;
-        let mut lost = None;
         if ready {
-            for path in &mut self.paths {
-                match path.take_events() {
-                    Ok(some) => taken |= some,
-                    Err(errno) => lost = Some(errno),
-                }
-            }
-        }
-        if self.lost.is_none() && lost.is_some() {
-            self.lost = lost;
-            self.changed();
-        } else if taken {
-            // No completion raises an event now: who still sleeps has to arm it again.
-            self.watchers.iter().for_each(|wake| wake.wake());
+            self.take_events();
         }
     }
 }

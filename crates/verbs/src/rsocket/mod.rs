@@ -148,7 +148,7 @@ pub(crate) unsafe extern "C" fn rsocket(domain: c_int, kind: c_int, protocol: c_
         (libc::SOCK_DGRAM, 0 | libc::IPPROTO_UDP) => DatagramSocket::new(domain).and_then(|s| {
             s.nonblocking.store(nonblocking, Ordering::Relaxed);
             s.fd_flags.store(fd_flags, Ordering::Relaxed);
-            insert(s.fd, Descriptor::Datagram(s))
+            insert(s.fd, Descriptor::Datagram(Box::new(s)))
         }),
         _ => Err(Errno::NOTSUP),
     })

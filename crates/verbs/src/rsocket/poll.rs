@@ -133,7 +133,7 @@ impl Descriptor {
     pub(super) fn ready(&self, look: Look) -> i16 {
         match self {
             Descriptor::Stream(socket) => ready(&**socket, look),
-            Descriptor::Datagram(socket) => ready(socket, look),
+            Descriptor::Datagram(socket) => ready(&**socket, look),
             Descriptor::Epoll(epoll) => epoll.ready(),
             Descriptor::Inherited(_) => POLLNVAL,
         }
@@ -143,7 +143,7 @@ impl Descriptor {
     fn arm(&self, events: i16, wake: &Arc<Wake>, fds: &mut Vec<pollfd>) -> i16 {
         match self {
             Descriptor::Stream(socket) => arm(&**socket, events, wake, fds),
-            Descriptor::Datagram(socket) => arm(socket, events, wake, fds),
+            Descriptor::Datagram(socket) => arm(&**socket, events, wake, fds),
             Descriptor::Epoll(epoll) => epoll.arm(wake, fds),
             Descriptor::Inherited(_) => POLLNVAL,
         }

@@ -15,7 +15,7 @@ use super::{device, wait};
 /// What a descriptor is.
 pub(super) enum Descriptor {
     Stream(Box<StreamSocket>),
-    Datagram(DatagramSocket),
+    Datagram(Box<DatagramSocket>),
     Epoll(Epoll),
     /// The parent's: it can only be closed.
     Inherited(RawFd),
