@@ -816,6 +816,33 @@ static void datagrams_router_dies(void)
 		CHECK(rclose(ends[i][0]) == 0 && rclose(ends[i][1]) == 0);
 }
 
+/* A socket whose queue pair always has something for it hears of newcomers too. */
+static void newcomers(void)
+{
+	/* So many are under way that one is always there. */
+	enum { under_way = 300, rounds = 2000 };
+	struct sockaddr_in name, from;
+	int ends[2], fd = rsocket(AF_INET, SOCK_DGRAM, 0), round = 0, size = 1 << 20;
+	socklen_t len;
+	char c = 0;
+
+	datagram_pair(ends);
+	MUST(rsetsockopt(ends[0], SOL_SOCKET, SO_RCVBUF, &size, sizeof size) == 0);
+	datagrams_meet(ends);
+	name = name_of(ends[0]);
+	for (int i = 0; i < under_way; i++)
+		MUST(rsend(ends[1], &c, 1, 0) == 1);
+	MUST(fd >= 0 && rbind(fd, (struct sockaddr *)&address, sizeof address) == 0);
+	MUST(rsendto(fd, &c, 1, 0, (struct sockaddr *)&name, sizeof name) == 1);
+	do {
+		len = sizeof from;
+		MUST(rrecvfrom(ends[0], &c, 1, 0, (struct sockaddr *)&from, &len) == 1);
+		MUST(rsend(ends[1], &c, 1, 0) == 1);
+	} while (from.sin_port != name_of(fd).sin_port && ++round < rounds);
+	CHECK(round < rounds);
+	CHECK(rclose(ends[0]) == 0 && rclose(ends[1]) == 0 && rclose(fd) == 0);
+}
+
 /* Sends back what one peer sends, until that ends. */
 static void echo(void)
 {
@@ -861,6 +888,7 @@ int main(int argc, char **argv)
 		{"errors", errors},
 		{"router_dies", router_dies},
 		{"datagrams_router_dies", datagrams_router_dies},
+		{"newcomers", newcomers},
 		{"datagrams", datagrams},
 		{"echo", echo},
 	};

@@ -40,6 +40,11 @@ cases! {
     flags_and_vectors options mixed_polling waiting_threads epoll direct_writes forks exits errors
 }
 
+cases! {
+    Some(LOOPBACK);
+    newcomers
+}
+
 #[test]
 fn streams_end_when_the_router_dies() {
     if let Some(checker) = checker() {
