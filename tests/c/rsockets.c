@@ -482,6 +482,56 @@ static void options(void)
 	end(pair);
 }
 
+static void set_time(int fd, int name, long seconds, long micros)
+{
+	struct timeval time = {seconds, micros};
+
+	MUST(rsetsockopt(fd, SOL_SOCKET, name, &time, sizeof time) == 0);
+}
+
+/* How long calls may take, as the kernel takes it. */
+static void times_out(int near, int far)
+{
+	struct timeval time = {1, 1000000}, seen;
+	socklen_t len = sizeof seen;
+	char c = 0;
+
+	set_time(near, SO_RCVTIMEO, 0, 50000);
+	FAILS(rrecv(near, &c, 1, 0), EAGAIN);
+	FAILS(rsetsockopt(near, SOL_SOCKET, SO_RCVTIMEO, &time, sizeof time), EDOM);
+	time = (struct timeval){-1, -1};
+	FAILS(rsetsockopt(near, SOL_SOCKET, SO_RCVTIMEO, &time, sizeof time), EDOM);
+	/* Before now: at once, but with what there is. */
+	set_time(near, SO_RCVTIMEO, -1, 0);
+	set_time(near, SO_SNDTIMEO, LONG_MIN, 999999);
+	CHECK(rgetsockopt(near, SOL_SOCKET, SO_RCVTIMEO, &seen, &len) == 0);
+	CHECK(seen.tv_sec == 0 && seen.tv_usec == 0);
+	FAILS(rrecv(near, &c, 1, 0), EAGAIN);
+	CHECK(rsend(far, &c, 1, 0) == 1);
+	CHECK(ready(near, POLLIN, DEADLINE_MS) == POLLIN);
+	CHECK(rrecv(near, &c, 1, 0) == 1);
+	CHECK(rsend(near, &c, 1, 0) == 1 && rrecv(far, &c, 1, 0) == 1);
+	/* Longer than clocks go. */
+	set_time(near, SO_RCVTIMEO, LONG_MAX, 999999);
+	set_time(near, SO_SNDTIMEO, LONG_MAX, 999999);
+	CHECK(rsend(near, &c, 1, 0) == 1 && rrecv(far, &c, 1, 0) == 1);
+	CHECK(rsend(far, &c, 1, 0) == 1 && rrecv(near, &c, 1, 0) == 1);
+}
+
+static void timeouts(void)
+{
+	struct pair pair = connected();
+	int ends[2];
+
+	times_out(pair.near, pair.far);
+	end(pair);
+	datagram_pair(ends);
+	datagram_connect(ends);
+	datagrams_meet(ends);
+	times_out(ends[0], ends[1]);
+	CHECK(rclose(ends[0]) == 0 && rclose(ends[1]) == 0);
+}
+
 static void mixed_polling(void)
 {
 	struct pair pair = connected();
@@ -881,6 +931,7 @@ int main(int argc, char **argv)
 		{"options", options},
 		{"mixed_polling", mixed_polling},
 		{"waiting_threads", waiting_threads},
+		{"timeouts", timeouts},
 		{"epoll", epoll},
 		{"direct_writes", direct_writes},
 		{"forks", forks},

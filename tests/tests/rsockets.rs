@@ -42,7 +42,7 @@ cases! {
 
 cases! {
     Some(LOOPBACK);
-    newcomers
+    timeouts newcomers
 }
 
 #[test]

@@ -119,17 +119,21 @@ impl Value<'_> {
         Ok(T::try_from(int).unwrap_or(most))
     }
 
-    /// `struct timeval`; of zero, none. EDOM: it is negative, or has a second of microseconds.
+    /// `struct timeval`, as the kernel takes it: of zero, none; before that, no time at all. EDOM:
+    /// its microseconds are negative, or a second.
     fn time(&self) -> Result<Option<Duration>, Errno> {
         let (seconds, micros) = self.0.split_at_checked(8).ok_or(Errno::INVAL)?;
         let (Some(seconds), Some(micros)) = (seconds.first_chunk(), micros.first_chunk()) else {
             return Err(Errno::INVAL);
         };
-        let seconds = u64::try_from(i64::from_ne_bytes(*seconds)).map_err(|_| Errno::DOM)?;
-        let micros = u64::try_from(i64::from_ne_bytes(*micros)).map_err(|_| Errno::DOM)?;
+        let micros = i64::from_ne_bytes(*micros);
+        let micros = u64::try_from(micros).map_err(|_| Errno::DOM)?;
         if micros >= 1_000_000 {
             return Err(Errno::DOM);
         }
+        let Ok(seconds) = u64::try_from(i64::from_ne_bytes(*seconds)) else {
+            return Ok(Some(Duration::ZERO));
+        };
         let time = Duration::from_secs(seconds) + Duration::from_micros(micros);
         Ok(Some(time).filter(|time| !time.is_zero()))
     }
@@ -372,7 +376,10 @@ mod tests {
     fn times_are_those_of_the_kernel() {
         assert_eq!(time(0, 0), Ok(None));
         assert_eq!(time(2, 999_999), Ok(Some(Duration::from_micros(2_999_999))));
-        for (seconds, micros) in [(1, 1_000_000), (1, i64::MAX), (1, -1), (-1, 1)] {
+        for seconds in [-1, i64::MIN] {
+            assert_eq!(time(seconds, 1), Ok(Some(Duration::ZERO)));
+        }
+        for (seconds, micros) in [(1, 1_000_000), (1, i64::MAX), (1, -1), (-1, -1)] {
             assert_eq!(time(seconds, micros), Err(Errno::DOM), "{seconds} {micros}");
         }
         assert_eq!(Value(&[0; 15]).time(), Err(Errno::INVAL));
