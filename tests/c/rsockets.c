@@ -686,6 +686,50 @@ static void direct_writes(void)
 	end(pair);
 }
 
+static int open_descriptors(void)
+{
+	DIR *dir = opendir("/proc/self/fd");
+	int n = 0;
+
+	MUST(dir);
+	while (readdir(dir))
+		n++;
+	closedir(dir);
+	return n;
+}
+
+/* A child has nothing open of its parent's sockets once it has closed them. */
+static void forks_close_all(void)
+{
+	struct pair first = connected(), pairs[8];
+	int ends[2], status, open = open_descriptors();
+	pid_t child;
+
+	for (int i = 0; i < 8; i++)
+		pairs[i] = connected();
+	datagram_pair(ends);
+	datagrams_meet(ends);
+	child = fork();
+	MUST(child >= 0);
+	if (child == 0) {
+		for (int i = 0; i < 8; i++)
+			end(pairs[i]);
+		CHECK(rclose(ends[0]) == 0 && rclose(ends[1]) == 0);
+		CHECK(open_descriptors() <= open);
+		end(first);
+		_exit(checks());
+	}
+	MUST(waitpid(child, &status, 0) == child);
+	CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+	datagrams_meet(ends);
+	for (int i = 0; i < 8; i++) {
+		exchange(pairs[i], 10000, 10000, 10000);
+		end(pairs[i]);
+	}
+	CHECK(rclose(ends[0]) == 0 && rclose(ends[1]) == 0);
+	end(first);
+}
+
 /* A child cannot use its parent's connections, and does not end them. */
 static void forks(void)
 {
@@ -934,6 +978,7 @@ int main(int argc, char **argv)
 		{"timeouts", timeouts},
 		{"epoll", epoll},
 		{"direct_writes", direct_writes},
+		{"forks_close_all", forks_close_all},
 		{"forks", forks},
 		{"exits", exits},
 		{"errors", errors},

@@ -42,7 +42,7 @@ cases! {
 
 cases! {
     Some(LOOPBACK);
-    timeouts newcomers
+    timeouts newcomers forks_close_all
 }
 
 #[test]

@@ -135,6 +135,15 @@ impl DatagramSocket {
         })
     }
 
+    /// What it has open beside its own descriptor, unless another thread is at it.
+    pub(super) fn event_fds(&self) -> Vec<RawFd> {
+        let inner = self.inner.try_lock();
+        inner.map_or_else(
+            |_| Vec::new(),
+            |inner| inner.paths.iter().map(Path::fd).collect(),
+        )
+    }
+
     fn waits(&self, how: How) -> bool {
         // Relaxed: the program orders what it does with the socket.
         !self.nonblocking.load(Ordering::Relaxed) && !how.dont_wait

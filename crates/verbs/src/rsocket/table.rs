@@ -91,6 +91,12 @@ extern "C" fn in_child() {
     std::mem::forget(device.take());
     for (fd, entry) in table.iter_mut().enumerate() {
         if let Some(parents) = entry.take() {
+            let others = match &*parents {
+                Descriptor::Stream(socket) => socket.event_fds(),
+                Descriptor::Datagram(socket) => socket.event_fds(),
+                Descriptor::Epoll(_) | Descriptor::Inherited(_) => Vec::new(),
+            };
+            others.into_iter().for_each(close_inherited);
             std::mem::forget(parents);
             *entry = Some(Arc::new(Descriptor::Inherited(fd as RawFd)));
         }
@@ -106,6 +112,6 @@ pub(crate) fn prepare_for_fork() {
 
 /// Closes a descriptor that the parent has too.
 pub(super) fn close_inherited(fd: RawFd) {
-    // SAFETY: the number was the parent's socket's, whose owner was forgotten in this process.
+    // SAFETY: the number was the parent's socket's, whose owner is forgotten in this process.
     drop(unsafe { OwnedFd::from_raw_fd(fd) });
 }
