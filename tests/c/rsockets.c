@@ -19,8 +19,10 @@
 #include <rdma/rsocket.h>
 #include <semaphore.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <sys/epoll.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -611,6 +613,170 @@ static void waiting_threads(void)
 	CHECK(polled_events == POLLNVAL);
 }
 
+/* Called when a thread that has set it is about to sleep, with what it sleeps for. */
+static __thread void (*before_sleep)(struct pollfd *fds, nfds_t nfds);
+
+/* The library's own system calls come here. */
+long syscall(long number, ...)
+{
+	static long (*call)(long, ...);
+	void (*hook)(struct pollfd *, nfds_t) = before_sleep;
+	long args[6];
+	va_list list;
+
+	va_start(list, number);
+	for (int i = 0; i < 6; i++)
+		args[i] = va_arg(list, long);
+	va_end(list);
+	if (!call)
+		call = (long (*)(long, ...))dlsym(RTLD_NEXT, "syscall");
+	if (number == SYS_ppoll && hook) {
+		const struct timespec *time = (void *)args[2];
+
+		if (!time || time->tv_sec || time->tv_nsec) {
+			before_sleep = NULL;
+			hook((struct pollfd *)args[0], args[1]);
+		}
+	}
+	return call(number, args[0], args[1], args[2], args[3], args[4], args[5]);
+}
+
+/* A thread that receives, and one that polls, on one socket. */
+static struct {
+	int fd, pipe;
+	sem_t poller_sleeps, poller_ready, poller_may, polled;
+	sem_t receiver_sleeps, receiver_may, received;
+} sleeping;
+
+static void await(sem_t *sem)
+{
+	struct timespec deadline;
+
+	clock_gettime(CLOCK_REALTIME, &deadline);
+	deadline.tv_sec += DEADLINE_MS / 1000;
+	MUST(sem_timedwait(sem, &deadline) == 0);
+}
+
+/* Holds the poller until what it sleeps for is there. */
+static void poller_sleeps(struct pollfd *fds, nfds_t nfds)
+{
+	sem_post(&sleeping.poller_sleeps);
+	MUST(poll(fds, nfds, DEADLINE_MS) > 0);
+	sem_post(&sleeping.poller_ready);
+	await(&sleeping.poller_may);
+}
+
+static void *sleeping_poller(void *arg)
+{
+	struct pollfd both[2] = {
+		{.fd = sleeping.fd, .events = POLLIN},
+		{.fd = sleeping.pipe, .events = POLLIN},
+	};
+
+	before_sleep = poller_sleeps;
+	MUST(rpoll(both, 2, DEADLINE_MS) > 0);
+	sem_post(&sleeping.polled);
+	return arg;
+}
+
+static void receiver_sleeps(struct pollfd *fds, nfds_t nfds)
+{
+	(void)fds;
+	(void)nfds;
+	sem_post(&sleeping.receiver_sleeps);
+	await(&sleeping.receiver_may);
+}
+
+/* Takes the first byte while its event is under way to the poller, and then sleeps for the next. */
+static void *sleeping_receiver(void *arg)
+{
+	char c;
+
+	while (rrecv(sleeping.fd, &c, 1, MSG_DONTWAIT) != 1)
+		MUST(errno == EAGAIN);
+	before_sleep = receiver_sleeps;
+	MUST(rrecv(sleeping.fd, &c, 1, 0) == 1);
+	sem_post(&sleeping.received);
+	return arg;
+}
+
+static void nobody_oversleeps(int near, int far)
+{
+	sem_t *sems[] = {&sleeping.poller_sleeps, &sleeping.poller_ready, &sleeping.poller_may,
+			 &sleeping.polled, &sleeping.receiver_sleeps, &sleeping.receiver_may,
+			 &sleeping.received};
+	pthread_t threads[2];
+	int pipes[2];
+
+	MUST(pipe(pipes) == 0);
+	sleeping.fd = near;
+	sleeping.pipe = pipes[0];
+	for (size_t i = 0; i < sizeof sems / sizeof *sems; i++)
+		MUST(sem_init(sems[i], 0, 0) == 0);
+	MUST(!pthread_create(&threads[0], NULL, sleeping_poller, NULL));
+	await(&sleeping.poller_sleeps);
+	MUST(rsend(far, "x", 1, 0) == 1);
+	await(&sleeping.poller_ready);
+	MUST(!pthread_create(&threads[1], NULL, sleeping_receiver, NULL));
+	await(&sleeping.receiver_sleeps);
+	/* The poller takes the event and goes: something else has happened too. */
+	MUST(write(pipes[1], "x", 1) == 1);
+	sem_post(&sleeping.poller_may);
+	await(&sleeping.polled);
+	MUST(rsend(far, "x", 1, 0) == 1);
+	sem_post(&sleeping.receiver_may);
+	await(&sleeping.received);
+	pthread_join(threads[0], NULL);
+	pthread_join(threads[1], NULL);
+	close(pipes[0]);
+	close(pipes[1]);
+}
+
+/* Who takes an event that others sleep for, and then sleeps no more, wakes them. */
+static void sleepers(void)
+{
+	struct pair pair = connected();
+	int ends[2];
+
+	nobody_oversleeps(pair.near, pair.far);
+	end(pair);
+	datagram_pair(ends);
+	datagram_connect(ends);
+	datagrams_meet(ends);
+	nobody_oversleeps(ends[0], ends[1]);
+	CHECK(rclose(ends[0]) == 0 && rclose(ends[1]) == 0);
+}
+
+/* At the edge, an end of a stream is told when it comes, not for ever. */
+static void epoll_tells_hang_ups_once(void)
+{
+	int (*create)(int) = dlsym(RTLD_DEFAULT, "repoll_create");
+	int (*ctl)(int, int, int, struct epoll_event *) = dlsym(RTLD_DEFAULT, "repoll_ctl");
+	int (*wait)(int, struct epoll_event *, int, int) = dlsym(RTLD_DEFAULT, "repoll_wait");
+	struct pair pair = connected();
+	struct epoll_event event = {.events = EPOLLIN | EPOLLET}, got[4];
+	unsigned told = 0;
+	double used;
+	int fd, times = 0;
+
+	MUST(create && ctl && wait);
+	fd = create(0);
+	MUST(fd >= 0 && ctl(fd, EPOLL_CTL_ADD, pair.far, &event) == 0);
+	CHECK(rclose(pair.near) == 0);
+	while (!(told & EPOLLHUP)) {
+		MUST(wait(fd, got, 4, DEADLINE_MS) == 1);
+		told |= got[0].events;
+	}
+	CHECK(told & EPOLLIN);
+	/* The connection's end may come behind the stream's. Nothing keeps a wait busy then. */
+	do {
+		used = cpu_seconds();
+	} while (wait(fd, got, 4, 2000) != 0 && ++times < 10);
+	CHECK(times < 10);
+	CHECK(cpu_seconds() - used < 0.5);
+	CHECK(rclose(fd) == 0 && rclose(pair.far) == 0 && rclose(pair.listener) == 0);
+}
+
 static void epoll(void)
 {
 	int (*create)(int) = dlsym(RTLD_DEFAULT, "repoll_create");
@@ -937,6 +1103,142 @@ static void newcomers(void)
 	CHECK(rclose(ends[0]) == 0 && rclose(ends[1]) == 0 && rclose(fd) == 0);
 }
 
+/* An address of this host's that no endpoint has. */
+static int unreachable(struct sockaddr_in *found)
+{
+	struct ifaddrs *all, *at;
+	int some = 0;
+
+	MUST(getifaddrs(&all) == 0);
+	for (at = all; at && !some; at = at->ifa_next) {
+		if (at->ifa_addr && at->ifa_addr->sa_family == AF_INET &&
+		    !(at->ifa_flags & IFF_LOOPBACK)) {
+			memcpy(found, at->ifa_addr, sizeof *found);
+			found->sin_port = 0;
+			some = 1;
+		}
+	}
+	freeifaddrs(all);
+	return some;
+}
+
+/* They tell a queue pair that is none, and ask for nothing. */
+static unsigned char from_stranger[] = {0x55, 0x55, 0x55, 0x55, 4, 7, 16, 0,
+					      0,    0,    0,    9,    1, 2, 3,  4};
+
+struct flood {
+	int fd;
+	struct sockaddr_in to;
+	volatile int ends;
+};
+
+static void *flooder(void *arg)
+{
+	struct flood *flood = arg;
+
+	/* Each tells of another queue pair, whose way is to be found. */
+	while (!flood->ends) {
+		from_stranger[11]++;
+		sendto(flood->fd, from_stranger, sizeof from_stranger, 0,
+		       (struct sockaddr *)&flood->to, sizeof flood->to);
+	}
+	return NULL;
+}
+
+static int bound(struct sockaddr_in *from)
+{
+	int fd = socket(AF_INET, SOCK_DGRAM, 0);
+
+	MUST(fd >= 0 && bind(fd, (struct sockaddr *)from, sizeof *from) == 0);
+	return fd;
+}
+
+/* What strangers send to the UDP socket neither fails nor stops the program. */
+static void strangers(void)
+{
+	int answers = 0, answered = 0;
+	char answer[sizeof from_stranger];
+	struct sockaddr_in from = {.sin_family = AF_INET};
+	struct flood flood = {0};
+	pthread_t thread;
+	int ends[2], fd;
+	char c;
+
+	datagram_pair(ends);
+	datagrams_meet(ends);
+	datagrams_meet(ends);
+	flood.to = name_of(ends[0]);
+	from.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	if (!unreachable(&from))
+		printf("no address but loopback's\n");
+	for (int i = 0; i < 100; i++) {
+		fd = bound(&from);
+		for (size_t len = 0; len <= sizeof from_stranger; len += 4)
+			MUST(sendto(fd, from_stranger, len, 0, (struct sockaddr *)&flood.to,
+				    sizeof flood.to) == (ssize_t)len);
+		close(fd);
+		/* Nothing of theirs is the program's. */
+		FAILS(rrecv(ends[0], &c, 1, MSG_DONTWAIT), EAGAIN);
+	}
+	datagrams_meet(ends);
+	/* What they say is heard, but not all are remembered. */
+	from_stranger[5] = 0;
+	for (int i = 0; i < 1100; i++) {
+		fd = bound(&from);
+		MUST(sendto(fd, from_stranger, sizeof from_stranger, 0,
+			    (struct sockaddr *)&flood.to, sizeof flood.to) > 0);
+		MUST(rrecv(ends[0], &c, 1, 0) == 0);
+		answered = recv(fd, answer, sizeof answer, MSG_DONTWAIT) == sizeof answer;
+		answers += answered;
+		close(fd);
+	}
+	CHECK(answers > 0 && !answered);
+	from_stranger[5] = 7;
+	datagrams_meet(ends);
+	/* Nor does one who never ends. */
+	flood.fd = bound(&from);
+	MUST(!pthread_create(&thread, NULL, flooder, &flood));
+	for (int i = 0; i < 5; i++) {
+		FAILS(rrecv(ends[0], &c, 1, MSG_DONTWAIT), EAGAIN);
+		datagrams_meet(ends);
+	}
+	flood.ends = 1;
+	pthread_join(thread, NULL);
+	close(flood.fd);
+	CHECK(rclose(ends[0]) == 0 && rclose(ends[1]) == 0);
+}
+
+/* A program with many streams ends although nothing that it has sent arrives: the router, whose
+ * process the argument is, stands still meanwhile. */
+static void exits_beside_a_stopped_router(void)
+{
+	enum { pairs = 100 };
+	struct pair all[pairs];
+	pid_t router = atoi(argument), child = fork();
+	double until;
+	int status;
+
+	MUST(router > 0 && child >= 0);
+	if (child == 0) {
+		for (int i = 0; i < pairs; i++) {
+			all[i] = connected_with(1, 0);
+			exchange(all[i], 1, 1, 1);
+		}
+		MUST(kill(router, SIGSTOP) == 0);
+		for (int i = 0; i < pairs; i++) {
+			send_all(all[i].near, 0, 100);
+			send_all(all[i].far, 0, 100);
+		}
+		exit(checks());
+	}
+	until = seconds(CLOCK_MONOTONIC) + DEADLINE_MS / 1000;
+	while (waitpid(child, &status, WNOHANG) == 0 && seconds(CLOCK_MONOTONIC) < until)
+		usleep(10000);
+	CHECK(seconds(CLOCK_MONOTONIC) < until && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+	kill(child, SIGKILL);
+	CHECK(kill(router, SIGCONT) == 0);
+}
+
 /* Sends back what one peer sends, until that ends. */
 static void echo(void)
 {
@@ -975,7 +1277,9 @@ int main(int argc, char **argv)
 		{"options", options},
 		{"mixed_polling", mixed_polling},
 		{"waiting_threads", waiting_threads},
+		{"sleepers", sleepers},
 		{"timeouts", timeouts},
+		{"epoll_tells_hang_ups_once", epoll_tells_hang_ups_once},
 		{"epoll", epoll},
 		{"direct_writes", direct_writes},
 		{"forks_close_all", forks_close_all},
@@ -985,6 +1289,8 @@ int main(int argc, char **argv)
 		{"router_dies", router_dies},
 		{"datagrams_router_dies", datagrams_router_dies},
 		{"newcomers", newcomers},
+		{"strangers", strangers},
+		{"exits_beside_a_stopped_router", exits_beside_a_stopped_router},
 		{"datagrams", datagrams},
 		{"echo", echo},
 	};

@@ -37,12 +37,23 @@ macro_rules! cases {
 cases! {
     None;
     stream threads single_bytes small_buffers backpressure half_close nobody_listens
-    flags_and_vectors options mixed_polling waiting_threads epoll direct_writes forks exits errors
+    flags_and_vectors options mixed_polling waiting_threads epoll epoll_tells_hang_ups_once
+    direct_writes forks exits errors
 }
 
 cases! {
     Some(LOOPBACK);
-    timeouts newcomers forks_close_all
+    sleepers timeouts newcomers forks_close_all
+}
+
+#[test]
+fn strangers() {
+    if let Some(checker) = checker() {
+        let said = checker.holds(Some(LOOPBACK), "strangers");
+        if let Some(lack) = said.stdout.lines().find(|l| l.starts_with("no address")) {
+            skip("strangers from where no endpoint is", lack);
+        }
+    }
 }
 
 #[test]
@@ -57,6 +68,19 @@ fn datagram_sockets_fail_when_the_router_dies() {
     if let Some(checker) = checker() {
         checker.outlives_router(Some(LOOPBACK), "datagrams_router_dies");
     }
+}
+
+#[test]
+fn exits_beside_a_stopped_router() {
+    let Some(checker) = checker() else {
+        return;
+    };
+    let mut bed = bed();
+    let router = bed.router().pid().to_string();
+    let endpoint = bed.endpoint();
+    let args = [LOOPBACK, "exits_beside_a_stopped_router", &router];
+    let running = endpoint.start(&checker.program, &args);
+    held(running.and_then(|running| running.wait(DEADLINE)));
 }
 
 /// In a network of its own: there, sockets that are none of ours go from endpoint to endpoint too.
