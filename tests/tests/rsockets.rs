@@ -47,6 +47,15 @@ cases! {
 }
 
 #[test]
+fn loopback() {
+    if let Some(checker) = checker() {
+        for case in ["stream", "nobody_listens", "datagrams"] {
+            checker.holds(Some(LOOPBACK), case);
+        }
+    }
+}
+
+#[test]
 fn strangers() {
     if let Some(checker) = checker() {
         let said = checker.holds(Some(LOOPBACK), "strangers");
@@ -339,6 +348,27 @@ fn iperf3_under_librspreload() {
         for end in ["sender", "receiver"] {
             assert!(client.stdout.contains(end), "{client}");
         }
+    }
+}
+
+/// Both ends on one endpoint.
+#[test]
+fn iperf3_at_loopback_under_librspreload() {
+    const PORT: u16 = 5201;
+    if !have("iperf3") || !preloads() {
+        return;
+    }
+    let bed = bed();
+    let preload = format!("LD_PRELOAD={PRELOAD}");
+    // The client tries until the server listens.
+    let script = format!(
+        "iperf3 -s -1 -p {PORT} >/dev/null & \
+         until iperf3 -c {LOOPBACK} -p {PORT} -n 4M; do sleep 0.1; done; wait"
+    );
+    let said = bed.endpoint().run("env", &[&preload, "sh", "-c", &script]);
+    let said = said.unwrap_or_else(|e| panic!("{e:#}"));
+    for end in ["sender", "receiver"] {
+        assert!(said.stdout.contains(end), "{said}");
     }
 }
 
