@@ -144,8 +144,8 @@ fn routers_that_know_each_other_say_so() {
         assert_eq!(link["incarnation"], theirs["incarnation"], "{link}");
         assert_eq!(link["host"], Hosts::ADDRESSES[other]);
         assert_eq!(
-            (&link["version"], &link["selective"]),
-            (&1.into(), &true.into())
+            (&link["version"], &link["selective"], &link["header_crc"]),
+            (&1.into(), &true.into(), &true.into())
         );
         assert!(link["segment"].as_u64() > Some(8192), "{link}");
         let incarnation = link["incarnation"].as_str().unwrap();

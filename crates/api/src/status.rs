@@ -179,6 +179,8 @@ pub struct LinkStatus {
     pub segment: Option<u32>,
     /// Whether single packets are sent again.
     pub selective: Option<bool>,
+    /// Whether the CRC of packets covers their headers alone, and UDP's checksum the rest.
+    pub header_crc: Option<bool>,
 }
 
 /// What an endpoint has done since it was created.

@@ -231,6 +231,10 @@ impl<L: Link, W: Write> Link for Capture<L, W> {
         self.link.fd()
     }
 
+    fn has_checksum(&self) -> bool {
+        self.link.has_checksum()
+    }
+
     fn sent(&self) -> SendCounters {
         self.link.sent()
     }

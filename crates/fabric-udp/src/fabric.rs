@@ -225,6 +225,11 @@ impl<L: Link> Fabric<L> {
         self.link.sent()
     }
 
+    /// Whether UDP's checksum covers what is sent and received.
+    pub fn has_checksum(&self) -> bool {
+        self.link.has_checksum()
+    }
+
     /// Datagrams that the kernel dropped because they were not received in time.
     pub fn overflows(&self) -> u64 {
         self.link.overflows()

@@ -183,6 +183,11 @@ impl<L: Link> Link for Faults<L> {
         self.link.fd()
     }
 
+    fn has_checksum(&self) -> bool {
+        // It is done with when bits change here.
+        false
+    }
+
     fn sent(&self) -> SendCounters {
         self.link.sent()
     }

@@ -85,6 +85,9 @@ pub trait Link {
     /// [`Progress::Blocked`], to send.
     fn fd(&self) -> BorrowedFd<'_>;
 
+    /// Whether datagrams carry a checksum, so that none comes whose bytes have changed on the way.
+    fn has_checksum(&self) -> bool;
+
     /// What was sent so far.
     fn sent(&self) -> SendCounters;
 
@@ -115,6 +118,10 @@ impl<L: Link + ?Sized> Link for Box<L> {
 
     fn fd(&self) -> BorrowedFd<'_> {
         (**self).fd()
+    }
+
+    fn has_checksum(&self) -> bool {
+        (**self).has_checksum()
     }
 
     fn sent(&self) -> SendCounters {

@@ -62,6 +62,7 @@ pub struct Udp {
     sources: Vec<Source>,
     epoll: OwnedFd,
     offload: bool,
+    checksum: bool,
     sent: SendCounters,
     overflows: u64,
     last_overflows: u32,
@@ -125,8 +126,14 @@ impl Udp {
                 blocked: false,
             });
         }
+        // Of IPv4, it can be switched off.
+        let checksum = sources.iter().all(|source| {
+            let off = sys::get(source.socket.as_fd(), libc::SOL_SOCKET, libc::SO_NO_CHECK);
+            off.is_ok_and(|off| off == 0)
+        });
         Ok(Udp {
             local,
+            checksum,
             sources,
             epoll,
             offload: options.offload,
@@ -321,6 +328,10 @@ impl Link for Udp {
 
     fn fd(&self) -> BorrowedFd<'_> {
         self.epoll.as_fd()
+    }
+
+    fn has_checksum(&self) -> bool {
+        self.checksum
     }
 
     fn sent(&self) -> SendCounters {

@@ -21,8 +21,8 @@ mod talk;
 pub use identity::{Expiry, Identity, IdentityError, Part, is_host_name};
 pub use links::{Config, LinkError, Links, Observer, PeerSpec, Status};
 pub use message::{
-    DecodeError, Frames, Hello, MAX_FRAME, MAX_SEGMENT, MIN_SEGMENT, Message, Preamble, SELECTIVE,
-    VERSIONS, decode, encode,
+    DecodeError, Frames, HEADER_CRC, Hello, MAX_FRAME, MAX_SEGMENT, MIN_SEGMENT, Message, Preamble,
+    SELECTIVE, VERSIONS, decode, encode,
 };
 pub use talk::{Agreed, Ended, Heard, Talk};
 

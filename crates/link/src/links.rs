@@ -15,7 +15,7 @@ use rustls::Error as TlsError;
 
 use crate::connection::{Closed, Connection};
 use crate::identity::{Identity, server_name};
-use crate::message::{Hello, MAX_SEGMENT, MIN_SEGMENT, SELECTIVE};
+use crate::message::{Hello, MAX_SEGMENT, MIN_SEGMENT};
 use crate::peer::{Peer, dials};
 use crate::talk::{Agreed, Heard};
 
@@ -43,6 +43,8 @@ pub struct Config {
     pub identity: Option<Identity>,
     /// The router's, new at each start, not 0.
     pub incarnation: u64,
+    /// What it can do beside the standard, such as [`SELECTIVE`](crate::SELECTIVE).
+    pub features: u32,
 }
 
 /// A peer, as the map has it.
@@ -403,7 +405,7 @@ impl Keeper {
         Hello {
             incarnation: self.config.incarnation,
             segment,
-            features: SELECTIVE,
+            features: self.config.features,
         }
     }
 

@@ -20,6 +20,9 @@ pub const MAX_SEGMENT: u32 = 65_507;
 /// Feature: single packets are sent again, and what came out of order is kept.
 pub const SELECTIVE: u32 = 1;
 
+/// Feature: the CRC of packets may cover their headers alone.
+pub const HEADER_CRC: u32 = 2;
+
 const MAGIC: [u8; 4] = *b"FFLK";
 
 /// The first thing that is said.

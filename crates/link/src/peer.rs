@@ -145,6 +145,7 @@ mod tests {
             version: 1,
             segment: 1024,
             selective: true,
+            header_crc: true,
         };
         peer.up(5, agreed, 10);
         assert_eq!(peer.status(11_000_010).since_ms, 11);

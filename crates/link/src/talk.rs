@@ -1,7 +1,7 @@
 //! One connection's conversation: bytes and the time go in, bytes and what is heard come out.
 
 use crate::message::{
-    DecodeError, Frames, Hello, Message, Preamble, SELECTIVE, decode, encode, frame,
+    DecodeError, Frames, HEADER_CRC, Hello, Message, Preamble, SELECTIVE, decode, encode, frame,
 };
 
 /// A side that has said nothing for so long says that it is alive, in nanoseconds.
@@ -25,6 +25,8 @@ pub struct Agreed {
     pub segment: u32,
     /// Whether single packets are sent again.
     pub selective: bool,
+    /// Whether the CRC of packets may cover their headers alone.
+    pub header_crc: bool,
 }
 
 /// What is heard.
@@ -145,6 +147,7 @@ impl Talk {
                     version,
                     segment: self.offer.segment.min(theirs.segment),
                     selective: features & SELECTIVE != 0,
+                    header_crc: features & HEADER_CRC != 0,
                 });
                 heard.push(Heard::Hello { incarnation });
             }
@@ -239,14 +242,15 @@ mod tests {
 
     #[test]
     fn both_agree_on_what_both_can() {
-        let mut a = Talk::new(offer(7, 8192, SELECTIVE | 4), 0);
-        let mut b = Talk::new(offer(9, 1408, SELECTIVE | 2), 0);
+        let mut a = Talk::new(offer(7, 8192, SELECTIVE | HEADER_CRC), 0);
+        let mut b = Talk::new(offer(9, 1408, SELECTIVE | 4), 0);
         let [by_a, by_b] = converse(&mut a, &mut b, 1);
         let agreed = |incarnation| Agreed {
             incarnation,
             version: 1,
             segment: 1408,
             selective: true,
+            header_crc: false,
         };
         let heard = |incarnation| [Heard::Hello { incarnation }, Heard::Up(agreed(incarnation))];
         assert_eq!((by_a, by_b), (heard(9).to_vec(), heard(7).to_vec()));

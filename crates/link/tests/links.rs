@@ -128,6 +128,7 @@ impl Host {
             port: DEFAULT_PORT,
             identity,
             incarnation,
+            features: SELECTIVE,
         };
         let (ear, told) = channel();
         let links = Links::start(config, Ear(ear), || {}).unwrap();
@@ -448,6 +449,7 @@ fn a_port_that_another_has_is_named() {
         port: DEFAULT_PORT,
         identity: None,
         incarnation: 3,
+        features: SELECTIVE,
     };
     let (ear, _told) = channel();
     let refused = Links::start(config, Ear(ear), || {});

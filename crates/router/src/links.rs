@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use freeflow_api::LinkStatus;
-use freeflow_link::{Agreed, Config, LinkError, Links, Observer, PeerSpec, Status};
+use freeflow_link::{
+    Agreed, Config, HEADER_CRC, LinkError, Links, Observer, PeerSpec, SELECTIVE, Status,
+};
 
 use crate::LinkConfig;
 use crate::remote::Map;
@@ -45,12 +47,16 @@ pub(crate) fn start(
     confined: bool,
 ) -> Result<Links, LinkError> {
     let LinkConfig { port, identity } = config;
-    shared.with(|engine| engine.network.peers.authenticated = identity.is_some());
+    let checked = shared.with(|engine| {
+        engine.network.peers.authenticated = identity.is_some();
+        engine.network.has_checksums()
+    });
     let config = Config {
         local,
         port,
         identity,
         incarnation: shared.incarnation,
+        features: SELECTIVE | if checked { HEADER_CRC } else { 0 },
     };
     let own = shared.clone();
     Links::start(config, Relay(shared.clone()), move || {
@@ -83,5 +89,6 @@ pub(crate) fn status(link: Status) -> LinkStatus {
         version: agreed.map(|a| a.version),
         segment: agreed.map(|a| a.segment),
         selective: agreed.map(|a| a.selective),
+        header_crc: agreed.map(|a| a.header_crc),
     }
 }

@@ -63,6 +63,10 @@ impl Link for Hole {
         self.0.as_fd()
     }
 
+    fn has_checksum(&self) -> bool {
+        true
+    }
+
     fn sent(&self) -> SendCounters {
         self.1
     }
@@ -134,12 +138,17 @@ impl Bench {
 
     /// The peer's router has an incarnation, and its link comes up.
     fn link(&mut self, incarnation: u64) {
+        self.link_with(incarnation, true);
+    }
+
+    fn link_with(&mut self, incarnation: u64, header_crc: bool) {
         self.host.engine.peer_greeted(ip(PEER), incarnation);
         let agreed = Agreed {
             incarnation,
             version: 1,
             segment: 2048,
             selective: true,
+            header_crc,
         };
         self.host.engine.peer_up(ip(PEER), agreed);
         self.host.settle();
@@ -157,7 +166,11 @@ impl Bench {
 
     /// A packet comes from the peer's host; what is dropped.
     fn hear(&mut self, qp: Made, opcode: BthOpcode) -> Drops {
-        let mut headers = Headers::new(Bth::new(opcode, qp.qpn, Psn::new(0)));
+        self.hear_bth(Bth::new(opcode, qp.qpn, Psn::new(0)))
+    }
+
+    fn hear_bth(&mut self, bth: Bth) -> Drops {
+        let (mut headers, opcode) = (Headers::new(bth), bth.opcode);
         headers.bth.pkey = tenant_pkey("t");
         headers.aeth = (opcode == BthOpcode::RC_ACK).then_some(Aeth {
             syndrome: Syndrome::Ack { credits: 0x1F },
@@ -197,6 +210,24 @@ impl Bench {
 }
 
 const WRITE: BthOpcode = BthOpcode::RC_SEND_ONLY;
+
+#[test]
+fn payloads_are_covered_unless_that_is_agreed() {
+    for agreed in [false, true] {
+        let mut bench = Bench::new(true);
+        bench.link_with(5, agreed);
+        let qp = bench.qp(QpType::Rc);
+        let mut bth = Bth::new(WRITE, qp.qpn, Psn::new(0));
+        bth.header_crc = true;
+        assert_eq!(bench.hear_bth(bth).damaged, u64::from(!agreed));
+        assert_eq!(bench.hear(qp, WRITE).damaged, 0);
+        for (len, uncovered) in [(0, false), (255, false), (256, agreed), (8192, agreed)] {
+            let q = bench.host.engine.qps.get(qp.handle).unwrap();
+            let stamped = q.remote.as_ref().unwrap().stamp(&Headers::new(bth), len);
+            assert_eq!(stamped.bth.header_crc, uncovered, "{len} bytes");
+        }
+    }
+}
 
 #[test]
 fn nothing_goes_either_way_before_there_is_a_link() {

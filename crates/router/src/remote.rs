@@ -45,6 +45,9 @@ const MAX_HELD: usize = 448;
 /// Bytes of these.
 const MAX_HELD_BYTES: usize = 1 << 20;
 
+/// A shorter payload is covered by the packet's CRC, which costs next to nothing.
+const MIN_UNCOVERED: usize = 256;
+
 /// How long a network is lively after a packet, in nanoseconds.
 const LIVELY_NS: u64 = 1_000_000;
 
@@ -99,9 +102,16 @@ impl Remote {
         self.events.clear();
     }
 
-    /// Headers as they go on the wire.
-    fn stamp(&self, headers: &Headers) -> Headers {
-        stamp(self.pkey, headers)
+    /// Headers as they go on the wire with a payload of `len` bytes.
+    pub(crate) fn stamp(&self, headers: &Headers, len: usize) -> Headers {
+        let mut headers = stamp(self.pkey, headers);
+        headers.bth.header_crc = len >= MIN_UNCOVERED && self.may_leave_payload_uncovered();
+        headers
+    }
+
+    /// Whether both routers trust UDP's checksum with payloads.
+    fn may_leave_payload_uncovered(&self) -> bool {
+        self.agreed.is_some_and(|agreed| agreed.header_crc)
     }
 
     fn to(&self) -> To {
@@ -122,7 +132,7 @@ pub(crate) struct Drops {
     pub(crate) wrong_host: u64,
     /// The queue pair belongs to another tenant than the packet.
     pub(crate) wrong_tenant: u64,
-    /// The packet's CRC is not one that this router's peer makes.
+    /// The packet's CRC is not one that this queue pair's peer makes.
     pub(crate) damaged: u64,
     /// The queue pair is not ready to receive, or in error.
     pub(crate) not_receiving: u64,
@@ -177,6 +187,11 @@ impl Network {
     /// This host's address in the network between hosts.
     pub(crate) fn local(&self) -> Option<IpAddr> {
         self.fabric.as_ref().map(Fabric::local)
+    }
+
+    /// Whether UDP's checksum covers what goes to other hosts and comes from there.
+    pub(crate) fn has_checksums(&self) -> bool {
+        self.fabric.as_ref().is_some_and(Fabric::has_checksum)
     }
 
     pub(crate) fn next_timeout(&self) -> Option<u64> {

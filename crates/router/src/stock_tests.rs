@@ -167,6 +167,9 @@ fn a_datagram_needs_the_key_and_the_underlays_gid() {
     let qp = bench.datagrams();
     let drops = bench.give(PEER, datagram(qp, QKEY + 1, b"x"), b"x");
     assert_eq!(drops.not_taken, 1);
+    let mut agreed = datagram(qp, QKEY, b"x");
+    agreed.bth.header_crc = true;
+    assert_eq!(bench.give(PEER, agreed, b"x").damaged, 1);
     // A host of the map is a FreeFlow router: its datagrams have virtual addresses.
     let hosts = Hosts::parse(&format!("t 10.0.1.0/24 {PEER}")).unwrap();
     let map = Map::new(hosts, ip(LOCAL));
@@ -189,6 +192,9 @@ fn a_connection_is_with_the_host_that_its_gid_names() {
     assert!(bench.remote(qp.handle));
     let headers = Headers::new(Bth::new(BthOpcode::RC_SEND_ONLY, qp.qpn, Psn::new(0)));
     assert_eq!(bench.give("192.0.2.8", headers, b"").wrong_host, 1);
+    let mut agreed = headers;
+    agreed.bth.header_crc = true;
+    assert_eq!(bench.give(PEER, agreed, b"").damaged, 1);
     assert!(bench.completions().is_empty());
     let key = bench.host.reg(&bench.process, 4096).0;
     let sge = Sge {

@@ -57,7 +57,7 @@ impl Host {
     /// Joins the network between hosts by a link, with a map of who is where; all of them are known
     /// to each other.
     pub fn join(&mut self, link: Box<dyn Link + Send>, hosts: Hosts) -> Result<(), Errno> {
-        let map = Map::new(hosts, link.local());
+        let (map, checked) = (Map::new(hosts, link.local()), link.has_checksum());
         let peers: Vec<_> = map.peers().map(|(host, _, n)| (host, n)).collect();
         self.engine.network.set_map(map);
         for (host, segment) in peers {
@@ -66,6 +66,7 @@ impl Host {
                 version: 1,
                 segment,
                 selective: true,
+                header_crc: checked,
             };
             self.engine.peer_up(host, agreed);
         }

@@ -10,6 +10,9 @@ use crate::{BthOpcode, DEFAULT_PKEY};
 /// Of fields of 24 bits.
 const MASK24: u32 = 0x00FF_FFFF;
 
+/// Bit of the base header's third word, of those that the standard reserves.
+const HEADER_CRC: u32 = 30;
+
 /// Base transport header, 12 bytes (IBTA volume 1, 9.2).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Bth {
@@ -32,6 +35,9 @@ pub struct Bth {
     pub dest_qp: u32,
     /// The responder is to acknowledge.
     pub ack_req: bool,
+    /// The packet's CRC covers its headers alone, see [`icrc`](crate::icrc): of FreeFlow routers that
+    /// agreed on it. In the standard the bit is reserved, and 0.
+    pub header_crc: bool,
     /// Packet sequence number.
     pub psn: Psn,
 }
@@ -49,6 +55,7 @@ impl Bth {
             becn: false,
             dest_qp,
             ack_req: false,
+            header_crc: false,
             psn,
         }
     }
@@ -339,6 +346,7 @@ impl Headers {
             becn: dest & 1 << 30 != 0,
             dest_qp: dest & MASK24,
             ack_req: psn & 1 << 31 != 0,
+            header_crc: psn & 1 << HEADER_CRC != 0,
             psn: Psn::new(psn),
         });
         if opcode.has_xrc_srq() {
@@ -437,7 +445,7 @@ impl Headers {
         w.u8((bit(bth.solicited, 7) | bit(bth.migrated, 6)) as u8 | bth.pad << 4);
         w.u16(bth.pkey);
         w.u32(bit(bth.fecn, 31) | bit(bth.becn, 30) | bth.dest_qp);
-        w.u32(bit(bth.ack_req, 31) | bth.psn.get());
+        w.u32(bit(bth.ack_req, 31) | bit(bth.header_crc, HEADER_CRC) | bth.psn.get());
         if let Some(srq) = self.xrc_srq {
             w.u32(srq);
         }

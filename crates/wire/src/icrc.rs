@@ -4,12 +4,15 @@
 //! It covers the IP header too, and of an IPv4 header the identification and the flag "don't
 //! fragment", which a receiving socket does not show. But a CRC is linear: how the CRC differs from
 //! that of an assumed header tells which header it was computed over, so [`verify`] finds out.
+//!
+//! Between FreeFlow routers that agreed on it, the CRC of a packet may cover its headers alone: a
+//! bit of the base header says so. Its payload then has UDP's checksum and no more, as TCP's has.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use crc32fast::Hasher;
 
-use crate::{ICRC_BYTES, UDP_PORT};
+use crate::{BthOpcode, ICRC_BYTES, UDP_PORT};
 
 const UDP_HEADER: usize = 8;
 const IPPROTO_UDP: u8 = 17;
@@ -17,6 +20,8 @@ const IPPROTO_UDP: u8 = 17;
 const DF: u16 = 0x4000;
 /// Bytes of the base header, of which the fifth is masked.
 const BTH: usize = 12;
+/// Bit of the base header's ninth byte.
+const HEADER_CRC: u8 = 0x40;
 
 /// Source and destination of packets.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -51,7 +56,8 @@ pub struct Flow {
 #[error("the packet's invariant CRC is wrong")]
 pub struct BadIcrc;
 
-/// Computes the CRC of a packet: transport headers, payload and pad. `ip_id` is the identification
+/// Computes the CRC of a packet: transport headers, payload and pad, or the headers alone if the
+/// base header says so ([`Bth::header_crc`](crate::Bth::header_crc)). `ip_id` is the identification
 /// in its IPv4 header, of which "don't fragment" is set; of IPv6 it does not matter.
 ///
 /// The bytes go on the wire as they are, after the packet.
@@ -80,13 +86,24 @@ pub fn verify(flow: &Flow, likely: u16, packet: &[u8]) -> Result<u16, BadIcrc> {
         return Err(BadIcrc);
     };
     // What follows the word with the identification in the header, the CRC excluded.
-    let after = 12 + UDP_HEADER + packet.len();
+    let after = 12 + UDP_HEADER + covered(packet).len();
     let word = input_difference(wrong, after).to_le_bytes();
     let [a, b, flags @ ..] = word;
     match u16::from_be_bytes(flags) {
         0 | DF => Ok(u16::from_be_bytes([a, b]) ^ likely),
         _ => Err(BadIcrc),
     }
+}
+
+/// The part of a packet that its CRC covers: the lengths in front of it tell how much follows.
+fn covered(packet: &[u8]) -> &[u8] {
+    let head = match packet {
+        [opcode, _, _, _, _, _, _, _, flags, ..] if flags & HEADER_CRC != 0 => {
+            packet.get(..BthOpcode(*opcode).header_len())
+        }
+        _ => None,
+    };
+    head.unwrap_or(packet)
 }
 
 fn crc(flow: &Flow, ip_id: u16, packet: &[u8]) -> u32 {
@@ -134,6 +151,7 @@ fn crc(flow: &Flow, ip_id: u16, packet: &[u8]) -> u32 {
     head[2..4].copy_from_slice(&UDP_PORT.to_be_bytes());
     head[4..6].copy_from_slice(&udp_len.to_be_bytes());
     head[6..8].copy_from_slice(&[0xFF; 2]);
+    let packet = covered(packet);
     let (bth, rest) = packet.split_at(packet.len().min(BTH));
     let head = &mut head[..UDP_HEADER + bth.len()];
     head[UDP_HEADER..].copy_from_slice(bth);
@@ -202,9 +220,11 @@ fn input_difference(difference: u32, after: usize) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use freeflow_types::Psn;
     use proptest::prelude::*;
 
     use super::*;
+    use crate::{Bth, Headers, Reth};
 
     fn flow(v6: bool, src_port: u16) -> Flow {
         let addresses = if v6 {
@@ -244,6 +264,8 @@ mod tests {
             at: prop::sample::Index, bit in 0..8,
         ) {
             let flow = flow(v6, port);
+            // The CRC covers all of it.
+            packet[8] &= !HEADER_CRC;
             packet.extend(icrc(&flow, 7, &packet));
             let before = verify(&flow, 0, &packet);
             let at = at.index(packet.len());
@@ -252,6 +274,30 @@ mod tests {
             // identification.
             let after = verify(&flow, 0, &packet);
             prop_assert_eq!(after == before, at == 4);
+        }
+
+        #[test]
+        fn a_crc_of_headers_finds_changes_of_headers_and_length(
+            v6: bool, port: u16, id: u16, payload in prop::collection::vec(any::<u8>(), 4..5000),
+            at: prop::sample::Index, bit in 0..8,
+        ) {
+            let flow = flow(v6, port);
+            let mut packet = vec![0; 28];
+            let mut bth = Bth::new(BthOpcode::RC_WRITE_FIRST, 7, Psn::new(1));
+            bth.header_crc = true;
+            let reth = Some(Reth { va: 1, rkey: 2, len: 3 });
+            Headers { reth, ..Headers::new(bth) }.emit(&mut packet).unwrap();
+            packet.extend(&payload);
+            packet.extend(icrc(&flow, id, &packet));
+            let before = verify(&flow, 0, &packet);
+            prop_assert_eq!(before, Ok(if v6 { 0 } else { id }));
+            let mut longer = packet.clone();
+            longer.splice(28..28, [0; 4]);
+            prop_assert_ne!(verify(&flow, 0, &longer), before);
+            let at = at.index(packet.len());
+            packet[at] ^= 1u8 << bit;
+            let uncovered = at == 4 || (28..28 + payload.len()).contains(&at);
+            prop_assert_eq!(verify(&flow, 0, &packet) == before, uncovered);
         }
 
         #[test]

@@ -15,7 +15,7 @@ fn known() -> impl Strategy<Value = BthOpcode> {
 prop_compose! {
     fn headers()(
         opcode in known(),
-        flags: [bool; 5],
+        flags: [bool; 6],
         pad in 0u8..4,
         pkey: u16,
         words: [u32; 6],
@@ -24,12 +24,12 @@ prop_compose! {
         syndrome: u8,
         flush in 0u32..64,
     ) -> Headers {
-        let [solicited, migrated, fecn, becn, ack_req] = flags;
+        let [solicited, migrated, fecn, becn, ack_req, header_crc] = flags;
         let low = |word: u32| word & 0xFF_FFFF;
         let (rkey, va) = (words[2], longs[0]);
         Headers {
             bth: Bth {
-                opcode, solicited, migrated, pad, pkey, fecn, becn, ack_req,
+                opcode, solicited, migrated, pad, pkey, fecn, becn, ack_req, header_crc,
                 dest_qp: low(words[0]), psn: Psn::new(words[1]),
             },
             xrc_srq: opcode.has_xrc_srq().then_some(low(words[3])),

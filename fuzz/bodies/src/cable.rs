@@ -110,6 +110,10 @@ impl Link for Cable {
         self.fd.as_fd()
     }
 
+    fn has_checksum(&self) -> bool {
+        true
+    }
+
     fn sent(&self) -> SendCounters {
         SendCounters::default()
     }

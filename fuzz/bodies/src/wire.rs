@@ -27,6 +27,11 @@ pub fn wire(data: &[u8]) {
     }
     // Bytes that routers do not change; the CRC is blind to some of the others.
     let at = 8 + usize::from(choice);
+    // Nor of a payload that it does not cover.
+    let at = match Headers::parse(body) {
+        Ok((headers, _)) if headers.bth.header_crc => at.min(headers.len() - 1),
+        _ => at,
+    };
     if let Some(byte) = sealed.get_mut(at) {
         *byte ^= 1;
         let spoilt = verify(&flow, ip_id, &sealed);

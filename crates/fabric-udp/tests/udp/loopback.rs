@@ -327,6 +327,45 @@ fn the_loopback_devices_mtu() {
     assert_eq!(largest_payload(0, local), 0);
 }
 
+#[test]
+fn payloads_may_have_udps_checksum_alone() {
+    for offload in [true, false] {
+        let options = |side| UdpOptions {
+            offload,
+            ..UdpOptions::new(address([18, side]))
+        };
+        let [mut a, mut b] = [1, 2].map(|side| Fabric::new(Udp::open(&options(side)).unwrap()));
+        assert!(a.has_checksum() && b.has_checksum());
+        let to = to(b.local(), 3);
+        for psn in 0..100 {
+            let mut headers = headers(psn);
+            headers.bth.header_crc = psn % 3 != 0;
+            let fill = |room: &mut [u8]| {
+                room.copy_from_slice(&payload(psn, 500));
+                Ok::<_, ()>(())
+            };
+            a.push(&to, &headers, 500, fill).unwrap();
+        }
+        flush(&mut a);
+        let mut next = 0;
+        receive(&mut b, |packet| {
+            assert_eq!(packet.headers.bth.psn.get(), next);
+            assert_eq!(packet.headers.bth.header_crc, next % 3 != 0);
+            assert_eq!(packet.payload, payload(next, 500));
+            next += 1;
+            next < 100
+        });
+        assert_eq!(b.received().bad_icrc, 0);
+    }
+    // Nothing is behind these that finds what they change.
+    let spoiled = Fabric::new(Faults::new(
+        open(address([18, 3])),
+        FaultRates::default(),
+        1,
+    ));
+    assert!(!spoiled.has_checksum());
+}
+
 /// What arrives of 2000 packets, in order.
 fn spoiled(test: u8, rates: FaultRates, seed: u64) -> (Vec<u32>, Fabric<Faults<Udp>>) {
     let mut a = Fabric::new(open(address([test, 1])));

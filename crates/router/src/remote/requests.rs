@@ -108,13 +108,14 @@ impl Engine {
         if !remote.may_send() {
             return Some(());
         }
-        let (to, headers) = (remote.to(), remote.stamp(&transmit.headers));
+        let len = transmit.payload.map_or(0, |part| part.len as usize);
+        let (to, headers) = (remote.to(), remote.stamp(&transmit.headers, len));
         let Some(part) = transmit.payload else {
             return self.push(fabric, &to, &headers, Payload::Bytes(&[])).ok();
         };
         let at = part.message.seq.checked_sub(remote.first)?;
         let request = remote.requests.get(at as usize)?;
-        let (from, len) = (part.offset as usize, part.len as usize);
+        let from = part.offset as usize;
         if request.flags.contains(SendFlags::INLINE) {
             let bytes = request.inline.get(from..from + len)?;
             return self.push(fabric, &to, &headers, Payload::Bytes(bytes)).ok();

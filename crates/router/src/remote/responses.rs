@@ -19,6 +19,10 @@ impl Engine {
     pub(crate) fn on_packet(&mut self, packet: &Received<'_>, fabric: Option<&mut RoceFabric>) {
         let (headers, now) = (&packet.headers, self.now);
         if headers.bth.opcode.service() == Service::Ud {
+            if headers.bth.header_crc {
+                self.network.drops.damaged += 1;
+                return;
+            }
             return self.on_datagram(packet);
         }
         let Some(&qp) = self.by_qpn.get(&headers.bth.dest_qp) else {
@@ -45,7 +49,8 @@ impl Engine {
             self.network.drops.wrong_tenant += 1;
             return;
         }
-        if remote.is_router && packet.src.is_ipv4() && packet.ip_id >= ROUTERS_IDS {
+        let foreign = remote.is_router && packet.src.is_ipv4() && packet.ip_id >= ROUTERS_IDS;
+        if foreign || headers.bth.header_crc && !remote.may_leave_payload_uncovered() {
             q.remote = Some(remote);
             self.network.drops.damaged += 1;
             return;
@@ -324,7 +329,8 @@ impl Engine {
         if !remote.may_send() {
             return Some(());
         }
-        let (to, headers) = (remote.to(), remote.stamp(&reply.headers));
+        let len = reply.data.map_or(0, |data| data.len as usize);
+        let (to, headers) = (remote.to(), remote.stamp(&reply.headers, len));
         let Some(data) = reply.data.filter(|data| data.len != 0) else {
             let none = Payload::Bytes(&[]);
             return self.push(fabric, &to, &headers, none).ok();
@@ -332,12 +338,12 @@ impl Engine {
         let pd = self.qps.get(qp)?.pd;
         let (near, mut far) = std::mem::take(&mut self.spans);
         far.clear();
-        let (len, rights) = (u64::from(data.len), Access::REMOTE_READ);
-        let range = (data.va, len);
+        let rights = Access::REMOTE_READ;
+        let range = (data.va, u64::from(data.len));
         let sent = self
-            .remote_spans((qp, pd), data.rkey, range, rights, (0, len), &mut far)
+            .remote_spans((qp, pd), data.rkey, range, rights, (0, range.1), &mut far)
             .and_then(|()| {
-                let payload = Payload::Spans(&far, 0, data.len as usize);
+                let payload = Payload::Spans(&far, 0, len);
                 self.push(fabric, &to, &headers, payload).ok()
             });
         self.spans = (near, far);
