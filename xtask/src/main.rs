@@ -9,6 +9,7 @@ mod fairness;
 mod fuzz;
 mod measure;
 mod packages;
+mod sanitizer;
 mod test;
 mod vm;
 

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 
 use crate::cargo::{self, cargo, run, target};
-use crate::{dist, packages};
+use crate::{dist, packages, sanitizer};
 
 /// Version of the licence and dependency checker.
 const CARGO_DENY: &str = "0.20";
@@ -20,7 +20,7 @@ pub(crate) struct TestArgs {
 
 type Step = (&'static str, fn() -> Result<()>);
 
-const STEPS: [Step; 9] = [
+const STEPS: [Step; 10] = [
     ("packages", install),
     ("format", || run(&mut cargo(&["fmt", "--all", "--check"]))),
     ("clippy", || {
@@ -56,6 +56,7 @@ const STEPS: [Step; 9] = [
         ]))
     }),
     ("loom", loom),
+    ("sanitizer", sanitizer::run_tests),
     ("end-to-end", || {
         // Routers and programs that poll share few cores: two tests at a time.
         let args = ["test", "--package", "freeflow-tests", "--no-fail-fast"];
