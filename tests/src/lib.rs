@@ -36,3 +36,9 @@ use std::time::Duration;
 
 /// A program that is not done by then hangs: generous, as machines are shared.
 pub const DEADLINE: Duration = Duration::from_secs(90);
+
+/// Where the program `reached-memory` has memory: far from where the kernel puts anything itself.
+pub const REACHED: std::ops::Range<u64> = 0x3000_0000_0000..0x3000_0001_0000;
+
+/// What a `reached-memory` that is nobody's client fills it with.
+pub const UNTOUCHED: u8 = 0xC7;

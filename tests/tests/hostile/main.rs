@@ -5,6 +5,7 @@ mod limits;
 mod memory;
 mod objects;
 mod regions;
+mod reuse;
 mod rings;
 mod scene;
 mod socket;
