@@ -529,8 +529,7 @@ impl Router {
     /// For how long the engine has been busy with one round, and with which queue pair, if that is
     /// longer than it may be.
     pub fn stuck(&self) -> Option<(Duration, u32)> {
-        let now = self.shared.start.elapsed().as_nanos() as u64;
-        self.shared.progress.stuck(now)
+        self.shared.progress.stuck(self.shared.now())
     }
 
     /// What the operator was not told yet, one line each.

@@ -103,8 +103,13 @@ impl Shared {
         })
     }
 
+    /// Nanoseconds of `CLOCK_MONOTONIC`: completions carry them, and programs compare these with
+    /// what the library reads of that clock (`ibv_query_rt_values_ex(3)`).
     pub(crate) fn now(&self) -> u64 {
-        self.start.elapsed().as_nanos() as u64
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        (now.tv_sec as u64)
+            .wrapping_mul(1_000_000_000)
+            .wrapping_add(now.tv_nsec as u64)
     }
 
     fn rates(&self) -> std::sync::MutexGuard<'_, HashMap<Handle, TokenBucket>> {

@@ -262,8 +262,10 @@ impl Server {
         let due = silent.into_iter().chain(paused).min();
         let due = due.map(|due| due + Duration::from_millis(1));
         let delayed = self.delayed.first().map(|&(at, ..)| {
-            let at = self.shared.start.checked_add(Duration::from_nanos(at));
-            at.unwrap_or_else(|| Instant::now() + ASK_AGAIN)
+            let left = Duration::from_nanos(at.saturating_sub(self.shared.now()));
+            Instant::now()
+                .checked_add(left)
+                .unwrap_or_else(|| Instant::now() + ASK_AGAIN)
         });
         let due = due.into_iter().chain(delayed).min()?;
         let left = due.saturating_duration_since(Instant::now());
