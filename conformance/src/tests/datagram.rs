@@ -3,11 +3,12 @@
 use freeflow_abi::*;
 
 use crate::suite::{Env, Op, Outcome, Pair, QKEY, Side, Spec, check, same, tests};
-use crate::verbs::{Ah, Send, Target, pattern};
+use crate::verbs::{Ah, Send, Target, address_of, pattern};
 
 tests! { "datagram";
     header_of_forty_bytes Anywhere "IBTA annex A17: GRH, or an IPv4 header in its last 20 bytes";
     answer_by_completion OneProcess "ibv_create_ah_from_wc(3)";
+    address_of_a_completion OneProcess "ibv_init_ah_from_wc(3)";
     queue_key_must_match Anywhere "IBTA 10.2.5, 9.8.3.1: a wrong Q_Key is dropped in silence";
     queue_key_with_the_high_bit Anywhere "IBTA 10.2.5: the high bit means the sender's own Q_Key";
     no_receive_is_no_error Anywhere "IBTA 9.8.3: dropped in silence";
@@ -72,6 +73,23 @@ fn answer_by_completion(env: &Env) -> Outcome {
     same!(far.one(Side::Send)?.status, IBV_WC_SUCCESS, "status of the answer");
     let got = pair.near.one(Side::Recv)?;
     same!((got.wr_id, got.byte_len, got.src_qp), (2, 60, pair.to.qpn), "the answer");
+    Ok(())
+}
+
+fn address_of_a_completion(env: &Env) -> Outcome {
+    let mut pair = Pair::new(env, &Spec::ud())?;
+    let ah = pair.near.ah(&pair.to)?;
+    pair.far_recv(1, 0, 140)?;
+    pair.succeed(datagram(&pair, &ah, 1, 10, QKEY))?;
+    let wc = pair.far.one(Side::Recv)?;
+    let far = pair.far.here()?;
+    let mut grh = [0; 40];
+    grh.copy_from_slice(&far.get(0, 40)?);
+    let attr = address_of(&far.pd, &wc, &grh)?;
+    // SAFETY: any bytes are a GID.
+    let (gid, sender) = (unsafe { attr.grh.dgid.raw }, pair.near.ctx.gid);
+    same!((attr.is_global, attr.port_num), (1, 1), "is_global and port_num");
+    same!((gid, attr.grh.sgid_index), (sender, far.ctx.gid_index), "dgid and sgid_index");
     Ok(())
 }
 

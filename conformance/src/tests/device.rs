@@ -9,6 +9,7 @@ use crate::verbs::{Context, verb};
 
 tests! { "device";
     listed_and_opened_often OneProcess "ibv_get_device_list(3), ibv_open_device(3)";
+    list OneProcess "ibv_get_device_list(3), ibv_free_device_list(3)";
     attributes OneProcess "ibv_query_device(3)";
     port OneProcess "ibv_query_port(3)";
     tables OneProcess "ibv_query_gid(3), ibv_query_pkey(3)";
@@ -26,6 +27,37 @@ fn listed_and_opened_often(env: &Env) -> Outcome {
         same!(again.name, first.name, "name");
         check!(again.ptr != first.ptr, "the same context twice");
     }
+    Ok(())
+}
+
+fn list(env: &Env) -> Outcome {
+    let name_of = |device: *mut ibv_device| {
+        let name = verb!(ibv_get_device_name(device));
+        // SAFETY: the library gives a string that lives as long as the device.
+        unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
+    };
+    let mut names = Vec::new();
+    let mut number = -1;
+    for count in [&raw mut number, core::ptr::null_mut()] {
+        let list = verb!(ibv_get_device_list(count));
+        check!(!list.is_null(), "no list of devices");
+        let mut found = Vec::new();
+        // SAFETY: the list ends with a null pointer.
+        let each = (0..).map(|n| unsafe { *list.add(n) });
+        for device in each.take_while(|device| !device.is_null()) {
+            found.push(name_of(device));
+        }
+        same!(found.len() as i32, number, "devices before the null pointer");
+        names.push(found);
+        verb!(ibv_free_device_list(list));
+    }
+    same!(names[0], names[1], "devices, asked for with and without their number");
+    // A device that is open stays when the list that it was taken from is freed.
+    let ctx = open(env)?;
+    // SAFETY: an open context.
+    let device = unsafe { (*ctx.ptr).device };
+    same!(name_of(device), ctx.name, "name of the open context's device");
+    check!(names[0].contains(&name_of(device)), "the open device is not in the list");
     Ok(())
 }
 

@@ -6,15 +6,23 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use freeflow_abi::*;
 
-use crate::suite::{End, Env, LONG, Op, Outcome, Pair, Spec, check, fail, same, skip, tests};
+use crate::suite::{End, Env, LONG, Op, Outcome, Pair, Side, Spec, check, fail, same, skip, tests};
 use crate::verbs::{Mr, Qp, Wr, errno, name_of, operation, pattern, verb};
+
+/// `IBV_FLUSH_GLOBAL`: what was written is visible to everybody.
+const IBV_FLUSH_GLOBAL: u8 = 1;
 
 tests! { "domains";
     parent_domain OneProcess "ibv_alloc_td(3), ibv_alloc_parent_domain(3)";
     parent_domain_keeps_its_parts OneProcess "ibv_dealloc_pd(3), ibv_dealloc_td(3): EBUSY while used";
+    parent_domain_with_allocators OneProcess "ibv_alloc_parent_domain(3): alloc, free, pd_context";
     import_of_device_and_region OneProcess "ibv_import_device(3), ibv_import_pd(3), ibv_import_mr(3)";
     counters OneProcess "ibv_create_counters(3)";
     atomic_write OneProcess "ibv_wr_atomic_write(3); IBTA annex A19";
+    flush Anywhere "ibv_wr_flush(3); IBTA annex A19";
+    flush_without_the_right Anywhere "ibv_reg_mr(3): IBV_ACCESS_FLUSH_GLOBAL";
+    data_in_order Anywhere "ibv_query_qp_data_in_order(3)";
+    enhanced_connection Anywhere "ibv_query_ece(3), ibv_set_ece(3)";
     rate_limit OneProcess "ibv_modify_qp_rate_limit(3)";
     real_time_clock OneProcess "ibv_query_rt_values_ex(3)";
 }
@@ -45,16 +53,8 @@ fn parent(end: &End) -> Outcome<(*mut ibv_td, *mut ibv_pd)> {
     Ok((td, pd))
 }
 
-fn free_td(end: &End, td: *mut ibv_td) -> c_int {
-    let dealloc = operation!(end.ctx.ptr, dealloc_td);
-    // SAFETY: the library's own operation; the domain is live until now.
-    dealloc.map_or(libc::ENOSYS, |dealloc| unsafe { dealloc(td) })
-}
-
-fn parent_domain(env: &Env) -> Outcome {
-    let end = End::open(env, false, &Spec::rc())?;
-    let (td, pd) = parent(&end)?;
-    // Objects of the parent domain work with those of its protection domain.
+/// A queue pair of a parent domain, with an end's completion queues and connected to itself.
+fn in_domain(end: &End, pd: *mut ibv_pd) -> Outcome<Qp> {
     // SAFETY: numbers and null pointers.
     let mut init: ibv_qp_init_attr = unsafe { zeroed() };
     init.send_cq = end.send_cq.ptr;
@@ -69,6 +69,21 @@ fn parent_domain(env: &Env) -> Outcome {
     qp.must_modify(&end.to_init())?;
     qp.must_modify(&end.to_rtr(&to))?;
     qp.must_modify(&end.to_rts())?;
+    Ok(qp)
+}
+
+fn free_td(end: &End, td: *mut ibv_td) -> c_int {
+    let dealloc = operation!(end.ctx.ptr, dealloc_td);
+    // SAFETY: the library's own operation; the domain is live until now.
+    dealloc.map_or(libc::ENOSYS, |dealloc| unsafe { dealloc(td) })
+}
+
+fn parent_domain(env: &Env) -> Outcome {
+    let end = End::open(env, false, &Spec::rc())?;
+    let (td, pd) = parent(&end)?;
+    // Objects of the parent domain work with those of its protection domain.
+    let qp = in_domain(&end, pd)?;
+    let to = end.addr();
     qp.send(&[Op::WRITE.request(1, to.base + 4096, to.rkey).sge(end.sge(0, 64))])?;
     same!(end.send_cq.wait(1, LONG)?[0].status, IBV_WC_SUCCESS, "write in a parent domain");
     drop(qp);
@@ -77,15 +92,66 @@ fn parent_domain(env: &Env) -> Outcome {
     Ok(())
 }
 
+/// Allocations of [`allocate`] that [`release`] has not given back; its address is the context of
+/// the domain that they are for.
 static ALLOCATED: AtomicUsize = AtomicUsize::new(0);
 
-unsafe extern "C" fn count(_: *mut ibv_pd, _: *mut c_void, _: usize, _: usize, _: u64) -> *mut c_void {
-    ALLOCATED.fetch_add(1, Ordering::Relaxed);
-    // IBV_ALLOCATOR_USE_DEFAULT
-    usize::MAX as *mut c_void
+unsafe extern "C" fn allocate(
+    _: *mut ibv_pd,
+    context: *mut c_void,
+    size: usize,
+    alignment: usize,
+    _: u64,
+) -> *mut c_void {
+    let mut at = core::ptr::null_mut();
+    // SAFETY: the context is the counter; the allocation's address goes to `at`.
+    unsafe {
+        (*context.cast::<AtomicUsize>()).fetch_add(1, Ordering::Relaxed);
+        match libc::posix_memalign(&mut at, alignment.max(size_of::<usize>()), size) {
+            0 => at,
+            _ => core::ptr::null_mut(),
+        }
+    }
 }
 
-unsafe extern "C" fn forget(_: *mut ibv_pd, _: *mut c_void, _: *mut c_void, _: u64) {}
+unsafe extern "C" fn release(_: *mut ibv_pd, context: *mut c_void, at: *mut c_void, _: u64) {
+    // SAFETY: the context is the counter; what was allocated above comes back once.
+    unsafe {
+        (*context.cast::<AtomicUsize>()).fetch_sub(1, Ordering::Relaxed);
+        libc::free(at);
+    }
+}
+
+/// Whether a program's allocators are asked is the device's choice; what they gave comes back.
+fn parent_domain_with_allocators(env: &Env) -> Outcome {
+    let end = End::open(env, false, &Spec::rc())?;
+    let Some(alloc) = operation!(end.ctx.ptr, alloc_parent_domain) else {
+        skip!("device does not offer parent domains");
+    };
+    let mut attr = ibv_parent_domain_init_attr {
+        pd: end.pd.ptr,
+        td: core::ptr::null_mut(),
+        comp_mask: IBV_PARENT_DOMAIN_INIT_ATTR_ALLOCATORS
+            | IBV_PARENT_DOMAIN_INIT_ATTR_PD_CONTEXT,
+        alloc: Some(allocate),
+        free: Some(release),
+        pd_context: (&raw const ALLOCATED).cast_mut().cast(),
+    };
+    // SAFETY: the library's own operation on live objects; the functions outlive the domain.
+    let pd = unsafe { alloc(end.ctx.ptr, &mut attr) };
+    if pd.is_null() {
+        same!(errno(), libc::EOPNOTSUPP, "errno of a domain with allocators");
+        skip!("device does not offer allocators of the program's");
+    }
+    let qp = in_domain(&end, pd)?;
+    let to = end.addr();
+    qp.send(&[Op::WRITE.request(1, to.base + 4096, to.rkey).sge(end.sge(0, 64))])?;
+    same!(end.send_cq.wait(1, LONG)?[0].status, IBV_WC_SUCCESS, "write in the domain");
+    drop(qp);
+    same!(verb!(ibv_dealloc_pd(pd)), 0, "ibv_dealloc_pd");
+    same!(ALLOCATED.load(Ordering::Relaxed), 0, "allocations that were not given back");
+    Ok(())
+}
 
 fn parent_domain_keeps_its_parts(env: &Env) -> Outcome {
     let end = End::open(env, false, &Spec::rc())?;
@@ -94,25 +160,6 @@ fn parent_domain_keeps_its_parts(env: &Env) -> Outcome {
     same!(verb!(ibv_dealloc_pd(end.pd.ptr)), libc::EBUSY, "ibv_dealloc_pd of the part");
     same!(verb!(ibv_dealloc_pd(pd)), 0, "ibv_dealloc_pd of the parent domain");
     same!(free_td(&end, td), 0, "ibv_dealloc_td");
-    // Allocators may be given, and may be declined.
-    let Some(alloc) = operation!(end.ctx.ptr, alloc_parent_domain) else {
-        return Ok(());
-    };
-    let mut attr = ibv_parent_domain_init_attr {
-        pd: end.pd.ptr,
-        td: core::ptr::null_mut(),
-        comp_mask: IBV_PARENT_DOMAIN_INIT_ATTR_ALLOCATORS,
-        alloc: Some(count),
-        free: Some(forget),
-        pd_context: core::ptr::null_mut(),
-    };
-    // SAFETY: the library's own operation on live objects; the functions outlive the domain.
-    let pd = unsafe { alloc(end.ctx.ptr, &mut attr) };
-    if pd.is_null() {
-        same!(errno(), libc::EOPNOTSUPP, "errno of a domain with allocators");
-        return Ok(());
-    }
-    same!(verb!(ibv_dealloc_pd(pd)), 0, "ibv_dealloc_pd");
     Ok(())
 }
 
@@ -196,16 +243,92 @@ fn atomic_write(env: &Env) -> Outcome {
     wr.next(1, IBV_SEND_SIGNALED).atomic_write(pair.to.rkey, pair.to.base + 8, &value)?;
     let got = wr.complete()?;
     same!(got, 0, "ibv_wr_complete: {}", name_of(got));
-    let wc = pair.near.one(crate::suite::Side::Send)?;
+    let wc = pair.near.one(Side::Send)?;
     same!((wc.wr_id, wc.status, wc.opcode), (1, 0, IBV_WC_ATOMIC_WRITE), "completion");
     same!(pair.far.get(8, 8)?, bytes, "the word");
     same!((pair.far.get(0, 8)?, pair.far.get(16, 8)?), (vec![0; 8], vec![0; 8]), "its neighbours");
     let wr = Wr::start(pair.near.qp())?;
     wr.next(2, IBV_SEND_SIGNALED).atomic_write(pair.to.rkey, pair.to.base + 4, &value)?;
     same!(wr.complete()?, 0, "ibv_wr_complete");
-    let wc = pair.near.one(crate::suite::Side::Send)?;
+    let wc = pair.near.one(Side::Send)?;
     same!(wc.status, IBV_WC_REM_INV_REQ_ERR, "status of a misaligned atomic write");
     Ok(())
+}
+
+/// A connection that may flush memory of a region with these rights.
+fn flushing(env: &Env, access: u32) -> Outcome<Pair> {
+    let probe = End::open(env, false, &Spec::rc())?;
+    let flags = probe.ctx.attr_ex().map_or(0, |attr| attr.device_cap_flags_ex);
+    if flags & IBV_DEVICE_FLUSH_GLOBAL == 0 {
+        skip!("device does not offer flushes");
+    }
+    let plain = Spec::rc();
+    Pair::new(env, &Spec {
+        ops: IBV_QP_EX_WITH_FLUSH | IBV_QP_EX_WITH_RDMA_WRITE,
+        mr_access: plain.mr_access | access,
+        qp_access: plain.qp_access | IBV_ACCESS_FLUSH_GLOBAL,
+        ..plain
+    })
+}
+
+fn flush(env: &Env) -> Outcome {
+    let mut pair = flushing(env, IBV_ACCESS_FLUSH_GLOBAL)?;
+    let bytes = pattern(6, 64);
+    pair.near.put(0, &bytes)?;
+    // The flush comes after the write, and completes when that is visible.
+    let (at, rkey) = (pair.to.base + 4096, pair.to.rkey);
+    let wr = Wr::start(pair.near.qp())?;
+    wr.next(1, 0).write(rkey, at)?;
+    wr.sge(pair.near.sge(0, 64))?;
+    wr.next(2, IBV_SEND_SIGNALED).flush(rkey, at, 64, IBV_FLUSH_GLOBAL)?;
+    let got = wr.complete()?;
+    same!(got, 0, "ibv_wr_complete: {}", name_of(got));
+    let wc = pair.near.one(Side::Send)?;
+    same!((wc.wr_id, wc.status, wc.opcode), (2, IBV_WC_SUCCESS, IBV_WC_FLUSH), "completion");
+    same!(pair.far.get(4096, 64)?, bytes, "data");
+    Ok(())
+}
+
+fn flush_without_the_right(env: &Env) -> Outcome {
+    let pair = flushing(env, 0)?;
+    let wr = Wr::start(pair.near.qp())?;
+    wr.next(1, IBV_SEND_SIGNALED).flush(pair.to.rkey, pair.to.base, 64, IBV_FLUSH_GLOBAL)?;
+    same!(wr.complete()?, 0, "ibv_wr_complete");
+    same!(pair.near.one(Side::Send)?.status, IBV_WC_REM_ACCESS_ERR, "status");
+    Ok(())
+}
+
+fn data_in_order(env: &Env) -> Outcome {
+    // IBV_QUERY_QP_DATA_IN_ORDER_RETURN_CAPS, and the capabilities.
+    const RETURN_CAPS: u32 = 1;
+    const WHOLE_MESSAGE: i32 = 1;
+    const ALIGNED: i32 = 2;
+    let mut pair = Pair::new(env, &Spec::rc())?;
+    for op in Op::ALL {
+        let ask = |flags| verb!(ibv_query_qp_data_in_order(pair.near.qp().ptr, op.opcode, flags));
+        let (plain, caps) = (ask(0), ask(RETURN_CAPS));
+        check!(matches!(plain, 0 | 1), "{}: {plain}", op.name);
+        // A library that knows no flags answers nothing to them.
+        check!(caps & !(WHOLE_MESSAGE | ALIGNED) == 0, "{}: capabilities {caps:#x}", op.name);
+        check!(caps == 0 || (caps & WHOLE_MESSAGE != 0) == (plain == 1), "{}: {plain}, {caps}", op.name);
+    }
+    pair.ping(1)
+}
+
+fn enhanced_connection(env: &Env) -> Outcome {
+    let mut pair = Pair::new(env, &Spec::rc())?;
+    let end = End::open(env, false, &Spec::rc())?;
+    let mut ece = ibv_ece { vendor_id: 0, options: 0, comp_mask: 0 };
+    let asked = verb!(ibv_query_ece(end.qp().ptr, &mut ece));
+    check!(matches!(asked, 0 | libc::EOPNOTSUPP), "ibv_query_ece: {}", name_of(asked));
+    let mut none = ibv_ece { vendor_id: 0, options: 0, comp_mask: 0 };
+    let set = verb!(ibv_set_ece(end.qp().ptr, &mut none));
+    same!(name_of(set), name_of(libc::EOPNOTSUPP), "ibv_set_ece without a vendor");
+    if asked == 0 && ece.vendor_id != 0 {
+        same!(verb!(ibv_set_ece(end.qp().ptr, &mut ece)), 0, "ibv_set_ece of what was told");
+    }
+    // Whoever has no options connects without.
+    pair.ping(1)
 }
 
 fn rate_limit(env: &Env) -> Outcome {

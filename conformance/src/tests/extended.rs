@@ -3,7 +3,7 @@
 use freeflow_abi::*;
 
 use crate::suite::{End, Env, LONG, Op, Outcome, Pair, QKEY, QUIET, Side, Spec, check, fail, same, skip, tests};
-use crate::verbs::{CqEx, Qp, Wr, name_of, pattern};
+use crate::verbs::{CqEx, Qp, Wr, name_of, operation, pattern};
 
 tests! { "extended";
     every_operation Anywhere "ibv_wr_post(3)";
@@ -15,6 +15,7 @@ tests! { "extended";
     start_locks_out_other_threads OneProcess "ibv_wr_start(3): thread-safe until ibv_wr_complete";
     poll_consumes_what_was_read OneProcess "ibv_create_cq_ex(3)";
     poll_reads_every_field OneProcess "ibv_create_cq_ex(3): wc_flags";
+    timestamps_are_of_the_devices_clock OneProcess "ibv_query_rt_values_ex(3): the clock of completion timestamps";
     timestamps_grow OneProcess "ibv_create_cq_ex(3): IBV_WC_EX_WITH_COMPLETION_TIMESTAMP";
 }
 
@@ -354,6 +355,35 @@ fn poll_reads_every_field(env: &Env) -> Outcome {
     same!((reader.wr_id(), reader.status()), (3, IBV_WC_LOC_PROT_ERR), "error");
     reader.vendor_err()?;
     same!(reader.qp_num()?, qp.number(), "qp_num of an error");
+    Ok(())
+}
+
+fn timestamps_are_of_the_devices_clock(env: &Env) -> Outcome {
+    let end = End::open(env, false, &Spec::rc())?;
+    let Some(query) = operation!(end.ctx.ptr, query_rt_values) else {
+        skip!("device does not offer its clock");
+    };
+    // A device that counts ticks tells them as nanoseconds.
+    let clock = || {
+        let mut values = ibv_values_ex { comp_mask: 1, raw_clock: [0; 2] };
+        // SAFETY: the library's own operation on its open context.
+        let got = unsafe { query(end.ctx.ptr, &mut values) };
+        let [seconds, rest] = values.raw_clock;
+        (got == 0).then_some(seconds as u64 * 1_000_000_000 + rest as u64)
+    };
+    if clock().is_none() {
+        skip!("device does not offer its clock");
+    }
+    let cq = queue(&end, IBV_WC_EX_WITH_COMPLETION_TIMESTAMP)?;
+    let qp = looped(&end, &cq)?;
+    let to = end.addr();
+    for i in 0..20 {
+        let before = clock();
+        qp.send(&[Op::WRITE.request(i, to.base, to.rkey).sge(end.sge(0, 8))])?;
+        let reader = started(&cq)?;
+        let (at, after) = (Some(reader.timestamp()?), clock());
+        check!(before <= at && at <= after, "completed at {at:?}, between {before:?} and {after:?}");
+    }
     Ok(())
 }
 

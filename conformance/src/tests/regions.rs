@@ -5,7 +5,7 @@ use std::sync::Arc;
 use freeflow_abi::*;
 
 use crate::suite::{End, Env, Op, Outcome, Pair, Side, Spec, check, fail, same, skip, tests};
-use crate::verbs::{Buf, Mr, Pd, errno, name_of, operation, pattern, verb};
+use crate::verbs::{Buf, Mr, Pd, buffers, errno, name_of, operation, pattern, verb};
 
 tests! { "regions";
     one_byte_and_unaligned OneProcess "ibv_reg_mr(3): any address and length";
@@ -19,9 +19,12 @@ tests! { "regions";
     concurrent_writes_survive_registration OneProcess "ibv_reg_mr(3): no write of another thread is lost";
     dmabuf OneProcess "ibv_reg_dmabuf_mr(3)";
     reregister OneProcess "ibv_rereg_mr(3)";
+    reregister_in_another_domain OneProcess "ibv_rereg_mr(3): IBV_REREG_MR_CHANGE_PD, all at once";
     null_region OneProcess "ibv_alloc_null_mr(3): reads zeroes, drops writes";
     device_memory OneProcess "ibv_alloc_dm(3), ibv_reg_dm_mr(3)";
     advise OneProcess "ibv_advise_mr(3)";
+    on_demand_memory_may_change OneProcess "ibv_reg_mr(3): IBV_ACCESS_ON_DEMAND: memory as it is when it is accessed";
+    allocated_buffer OneProcess "ibv_alloc_buf(3), ibv_reg_buf_mr(3)";
     implicit_region OneProcess "ibv_reg_mr(3): the whole address space on demand";
 }
 
@@ -296,6 +299,40 @@ fn reregister(env: &Env) -> Outcome {
     Ok(())
 }
 
+fn reregister_in_another_domain(env: &Env) -> Outcome {
+    let pair = Pair::new(env, &Spec::rc())?;
+    let far = pair.far.here()?;
+    let elsewhere = Pd::new(&far.ctx)?;
+    let (first, second) = (Arc::new(Buf::new(4096)?), Arc::new(Buf::new(8192)?));
+    let write = |at: u64, key: u32| {
+        pair.run(Op::WRITE.request(1, at, key).sge(pair.near.sge(0, 64)))
+    };
+    pair.near.put(0, &[0x43; 64])?;
+    let mr = match Mr::register(&elsewhere, &first, 0, 4096, IBV_ACCESS_LOCAL_WRITE) {
+        Ok(mr) => mr,
+        Err(errno) => fail!("ibv_reg_mr: {}", name_of(errno)),
+    };
+    let got = rereg(
+        &mr,
+        IBV_REREG_MR_CHANGE_PD | IBV_REREG_MR_CHANGE_ACCESS | IBV_REREG_MR_CHANGE_TRANSLATION,
+        Some(&far.pd),
+        Some((&second, 8192)),
+        Spec::rc().mr_access,
+    )?;
+    same!(got, 0, "changing all: {}", name_of(errno()));
+    // SAFETY: a live region.
+    let told = unsafe { ((*mr.ptr).pd, (*mr.ptr).addr as u64, (*mr.ptr).length as usize) };
+    same!(told, (far.pd.ptr, second.addr(), 8192), "domain, address and length that it tells");
+    same!(write(second.addr() + 8000, mr.rkey())?.status, IBV_WC_SUCCESS, "write to the new place");
+    same!(second.get(8000, 64)?, [0x43; 64], "data");
+    let got = rereg(&mr, IBV_REREG_MR_CHANGE_PD, Some(&elsewhere), None, 0)?;
+    same!(got, 0, "changing the domain back: {}", name_of(errno()));
+    let refused = write(second.addr(), mr.rkey())?;
+    same!(refused.status, IBV_WC_REM_ACCESS_ERR, "write to a region of another domain");
+    same!(second.get(0, 64)?, [0; 64], "data of a write that was refused");
+    Ok(())
+}
+
 fn null_region(env: &Env) -> Outcome {
     let mut pair = Pair::new(env, &Spec::rc())?;
     let Some(alloc) = operation!(pair.near.ctx.ptr, alloc_null_mr) else {
@@ -411,6 +448,89 @@ fn advise(env: &Env) -> Outcome {
     // SAFETY: as above.
     let got = unsafe { advise(end.pd.ptr, IBV_ADVISE_MR_ADVICE_PREFETCH, 0, &mut list, 1) };
     check!(got > 0, "a bad key was taken");
+    Ok(())
+}
+
+fn on_demand_memory_may_change(env: &Env) -> Outcome {
+    let pair = Pair::new(env, &Spec::rc())?;
+    let caps = pair.near.ctx.attr_ex().map_or(0, |attr| attr.odp_caps.rc_odp_caps);
+    let needed = IBV_ODP_SUPPORT_WRITE | IBV_ODP_SUPPORT_READ;
+    if caps & needed != needed {
+        skip!("device does not offer on-demand writes and reads");
+    }
+    let far = pair.far.here()?;
+    let buf = Arc::new(Buf::new(3 * 4096)?);
+    let access = Spec::rc().mr_access | IBV_ACCESS_ON_DEMAND;
+    let mr = match Mr::register(&far.pd, &buf, 0, 3 * 4096, access) {
+        Ok(mr) => mr,
+        Err(errno) => fail!("ibv_reg_mr: {}", name_of(errno)),
+    };
+    let bytes = pattern(9, 3 * 4096);
+    let all = pair.near.sge(0, 3 * 4096);
+    pair.near.put(0, &bytes)?;
+    pair.succeed(Op::WRITE.request(1, mr.base, mr.rkey()).sge(all))?;
+    same!(buf.get(0, 3 * 4096)?, bytes, "data");
+    // The middle page is another one now.
+    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a page of the buffer, that nobody has a reference to.
+    let at = unsafe {
+        libc::mmap((buf.addr() + 4096) as *mut _, 4096, prot, flags | libc::MAP_FIXED, -1, 0)
+    };
+    check!(at != libc::MAP_FAILED, "mmap: {}", name_of(errno()));
+    buf.put(5000, &[0x39; 100])?;
+    pair.succeed(Op::READ.request(2, mr.base, mr.rkey()).sge(all))?;
+    let expected = buf.get(0, 3 * 4096)?;
+    check!(expected[4096..5000] == [0; 904], "the new page is not empty");
+    same!(pair.near.get(0, 3 * 4096)?, expected, "data read back");
+    // Without memory there, the request fails.
+    // SAFETY: as above.
+    let failed = unsafe { libc::munmap((buf.addr() + 4096) as *mut _, 4096) };
+    same!(failed, 0, "munmap");
+    let got = pair.run(Op::WRITE.request(3, mr.base, mr.rkey()).sge(all))?;
+    check!(
+        matches!(got.status, IBV_WC_REM_OP_ERR | IBV_WC_REM_ACCESS_ERR),
+        "status {} of a write to memory that is not there",
+        got.status
+    );
+    Ok(())
+}
+
+fn allocated_buffer(env: &Env) -> Outcome {
+    let pair = Pair::new(env, &Spec::rc())?;
+    let Some(calls) = buffers() else {
+        skip!("the library has no ibv_alloc_buf");
+    };
+    let far = pair.far.here()?;
+    let mut buffer = core::ptr::null_mut();
+    // SAFETY: the library's own function on a live domain.
+    let at = unsafe { (calls.alloc)(far.pd.ptr, 8192, &mut buffer) };
+    if at.is_null() {
+        same!(errno(), libc::EOPNOTSUPP, "errno of ibv_alloc_buf");
+        skip!("device does not offer buffers");
+    }
+    let access = Spec::rc().mr_access as i32;
+    // SAFETY: a live domain and a live buffer, of which this is a part.
+    let ptr = unsafe { (calls.register)(far.pd.ptr, buffer, at.byte_add(1000), 5000, access) };
+    let base = at as u64 + 1000;
+    let mr = match Mr::adopt(ptr, base, &far.mr().buf, &far.pd) {
+        Ok(mr) => mr,
+        Err(errno) => fail!("ibv_reg_buf_mr: {}", name_of(errno)),
+    };
+    let bytes = pattern(4, 5000);
+    pair.near.put(0, &bytes)?;
+    pair.succeed(Op::WRITE.request(1, base, mr.rkey()).sge(pair.near.sge(0, 5000)))?;
+    let mut found = vec![0; 5000];
+    // SAFETY: bytes of the buffer, which is live.
+    unsafe { core::ptr::copy_nonoverlapping(base as *const u8, found.as_mut_ptr(), 5000) };
+    same!(found, bytes, "data");
+    let past = Op::WRITE.request(2, base + 4999, mr.rkey()).sge(pair.near.sge(0, 2));
+    same!(pair.run(past)?.status, IBV_WC_REM_ACCESS_ERR, "one byte past the region");
+    // SAFETY: as above; one byte more than the buffer has.
+    let beyond = unsafe { (calls.register)(far.pd.ptr, buffer, at, 8193, access) };
+    check!(beyond.is_null(), "more than the buffer was registered");
+    drop(mr);
+    // SAFETY: nothing uses the buffer any more.
+    unsafe { (calls.free)(buffer) };
     Ok(())
 }
 

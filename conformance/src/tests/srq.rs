@@ -5,10 +5,11 @@ use std::sync::Arc;
 use freeflow_abi::*;
 
 use crate::suite::{End, Env, LONG, Op, Outcome, Pair, QUIET, Side, Spec, check, fail, same, skip, status_name, tests};
-use crate::verbs::{Pd, Qp, Recv, Srq, name_of};
+use crate::verbs::{Pd, Qp, Recv, Srq, errno, name_of, operation};
 
 tests! { "srq";
     create_and_query OneProcess "ibv_create_srq(3), ibv_query_srq(3)";
+    extended_creation OneProcess "ibv_create_srq_ex(3), ibv_get_srq_num(3)";
     limits OneProcess "ibv_create_srq(3): max_srq_wr, max_srq_sge; EINVAL";
     messages_take_from_it Anywhere "ibv_post_srq_recv(3)";
     shared_among_queue_pairs OneProcess "ibv_create_qp(3): srq; wc.qp_num tells the receiver";
@@ -61,6 +62,48 @@ fn create_and_query(env: &Env) -> Outcome {
     same!((got.max_wr, got.srq_limit), (srq.granted.max_wr, 0), "max_wr and srq_limit");
     same!(srq.modify(None, Some(10)), 0, "ibv_modify_srq");
     same!(srq.query()?.srq_limit, 10, "srq_limit");
+    Ok(())
+}
+
+fn extended_creation(env: &Env) -> Outcome {
+    let end = End::open(env, false, &Spec::rc())?;
+    let Some(create) = operation!(end.ctx.ptr, create_srq_ex) else {
+        skip!("device does not offer ibv_create_srq_ex");
+    };
+    let make = |kind: u32, mask: u32| {
+        // SAFETY: numbers and null pointers.
+        let mut init: ibv_srq_init_attr_ex = unsafe { core::mem::zeroed() };
+        init.attr = ibv_srq_attr { max_wr: 8, max_sge: 1, srq_limit: 0 };
+        init.comp_mask = mask;
+        init.srq_type = kind;
+        init.pd = end.pd.ptr;
+        // SAFETY: the library's own operation on live objects.
+        unsafe { create(end.ctx.ptr, &mut init) }
+    };
+    // What a type needs must be named and be there; what is unknown is refused.
+    let known = IBV_SRQ_INIT_ATTR_TYPE | IBV_SRQ_INIT_ATTR_PD;
+    for (what, kind, mask) in [
+        ("XRC without a domain and a completion queue", IBV_SRQT_XRC, known),
+        ("unknown attributes", IBV_SRQT_BASIC, known | 1 << 30),
+        ("an unknown type", 77, known),
+    ] {
+        let made = make(kind, mask);
+        check!(made.is_null(), "{what}: a queue was created");
+        let got = errno();
+        check!(matches!(got, libc::EINVAL | libc::EOPNOTSUPP), "{what}: {}", name_of(got));
+    }
+    // A plain queue has no number of XRC's.
+    let plain = match Srq::create(&end.pd, 8, 1) {
+        Ok(srq) => srq,
+        Err(errno) => fail!("ibv_create_srq: {}", name_of(errno)),
+    };
+    let Some(number_of) = operation!(end.ctx.ptr, get_srq_num) else {
+        return Ok(());
+    };
+    let mut number = 0;
+    // SAFETY: the library's own operation on its live queue.
+    let got = unsafe { number_of(plain.ptr, &mut number) };
+    check!(got != 0, "a plain queue has the number {number}");
     Ok(())
 }
 

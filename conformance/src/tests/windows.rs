@@ -2,12 +2,13 @@
 
 use freeflow_abi::*;
 
-use crate::suite::{Env, Op, Outcome, Pair, Side, Spec, check, fail, same, skip, tests};
-use crate::verbs::{Mr, Mw, Recv, Send, Target, Wr, name_of};
+use crate::suite::{Addr, Env, Op, Outcome, Pair, Side, Spec, check, fail, same, skip, tests};
+use crate::verbs::{Mr, Mw, Qp, Recv, Send, Target, Wr, name_of};
 
 tests! { "windows";
     type1_bind_and_unbind OneProcess "ibv_bind_mw(3): type 1";
     type2_bind_by_work_request OneProcess "ibv_post_send(3): IBV_WR_BIND_MW";
+    type2_is_of_its_queue_pair OneProcess "IBTA 10.6.7.2.3: a window of type 2B is the queue pair's that bound it";
     bounds_and_rights OneProcess "ibv_bind_mw(3): address, length, mw_access_flags";
     region_without_bind_right OneProcess "ibv_reg_mr(3): IBV_ACCESS_MW_BIND";
     region_is_busy_while_bound OneProcess "ibv_dereg_mr(3): fails while a window is bound";
@@ -115,6 +116,34 @@ fn type2_bind_by_work_request(env: &Env) -> Outcome {
     pair.near.put(0, &[0x62; 100])?;
     same!(write(&pair, mr.base + 8, key, 100)?, IBV_WC_SUCCESS, "write through the window");
     same!(mr.buf.get(8, 100)?, [0x62; 100], "data");
+    Ok(())
+}
+
+fn type2_is_of_its_queue_pair(env: &Env) -> Outcome {
+    let pair = pair(env)?;
+    if pair.near.ctx.attr.device_cap_flags & IBV_DEVICE_MEM_WINDOW_TYPE_2B == 0 {
+        skip!("device does not offer memory windows of type 2B");
+    }
+    let (mr, mw) = (region(&pair)?, window(&pair, IBV_MW_TYPE_2)?);
+    let key = bind2(&pair, &mw, &mr, 0, 4096, IBV_ACCESS_REMOTE_WRITE)?;
+    // A second connection between the same domains.
+    let (near, far) = (&pair.near, pair.far.here()?);
+    let spec = near.spec.qp(None);
+    let here = Qp::new(&near.pd, &near.send_cq, &near.recv_cq, &spec)?;
+    let there = Qp::new(&far.pd, &far.send_cq, &far.recv_cq, &spec)?;
+    for (qp, end, to) in [
+        (&here, near, Addr { qpn: there.number(), ..far.addr() }),
+        (&there, far, Addr { qpn: here.number(), ..near.addr() }),
+    ] {
+        qp.must_modify(&end.to_init())?;
+        qp.must_modify(&end.to_rtr(&to))?;
+        qp.must_modify(&end.to_rts())?;
+    }
+    here.send(&[Op::WRITE.request(2, mr.base, mr.rkey()).sge(near.sge(0, 8))])?;
+    same!(near.one(Side::Send)?.status, IBV_WC_SUCCESS, "write by the region's key");
+    here.send(&[Op::WRITE.request(3, mr.base, key).sge(near.sge(0, 8))])?;
+    same!(near.one(Side::Send)?.status, IBV_WC_REM_ACCESS_ERR, "write by another connection");
+    same!(write(&pair, mr.base, key, 8)?, IBV_WC_SUCCESS, "write by the window's own");
     Ok(())
 }
 

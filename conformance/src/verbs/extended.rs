@@ -96,6 +96,13 @@ impl<'a> Wr<'a> {
         Ok(())
     }
 
+    /// Flushes of these types (`IBV_FLUSH_GLOBAL`: 1) a range of memory.
+    pub(crate) fn flush(&self, rkey: u32, addr: u64, len: usize, types: u8) -> Outcome {
+        const RANGE: u8 = 0;
+        op!(self.wr_flush(rkey, addr, len, types, RANGE));
+        Ok(())
+    }
+
     pub(crate) fn local_inv(&self, rkey: u32) -> Outcome {
         op!(self.wr_local_inv(rkey));
         Ok(())

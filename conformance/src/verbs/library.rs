@@ -67,8 +67,12 @@ symbols! {
     ibv_modify_qp "IBVERBS_1.1" (*mut ibv_qp, *mut ibv_qp_attr, c_int) -> c_int;
     ibv_destroy_qp "IBVERBS_1.1" (*mut ibv_qp) -> c_int;
     ibv_qp_to_qp_ex "IBVERBS_1.6" (*mut ibv_qp) -> *mut ibv_qp_ex;
+    ibv_query_qp_data_in_order "IBVERBS_1.14" (*mut ibv_qp, c_uint, u32) -> c_int;
+    ibv_query_ece "IBVERBS_1.10" (*mut ibv_qp, *mut ibv_ece) -> c_int;
+    ibv_set_ece "IBVERBS_1.10" (*mut ibv_qp, *mut ibv_ece) -> c_int;
     ibv_create_ah "IBVERBS_1.1" (*mut ibv_pd, *mut ibv_ah_attr) -> *mut ibv_ah;
     ibv_create_ah_from_wc "IBVERBS_1.1" (*mut ibv_pd, *mut ibv_wc, *mut ibv_grh, u8) -> *mut ibv_ah;
+    ibv_init_ah_from_wc "IBVERBS_1.1" (Ctx, u8, *mut ibv_wc, *mut ibv_grh, *mut ibv_ah_attr) -> c_int;
     ibv_destroy_ah "IBVERBS_1.1" (*mut ibv_ah) -> c_int;
     ibv_attach_mcast "IBVERBS_1.1" (*mut ibv_qp, *const ibv_gid, u16) -> c_int;
     ibv_detach_mcast "IBVERBS_1.1" (*mut ibv_qp, *const ibv_gid, u16) -> c_int;
@@ -117,6 +121,32 @@ pub(crate) fn library() -> &'static Library {
             std::process::exit(2);
         })
     })
+}
+
+/// Functions of `IBVERBS_1.17`, which the oldest library that the suite runs on does not have.
+pub(crate) struct Buffers {
+    pub(crate) alloc: unsafe extern "C" fn(*mut ibv_pd, usize, *mut *mut ibv_buf) -> *mut c_void,
+    pub(crate) free: unsafe extern "C" fn(*mut ibv_buf),
+    pub(crate) register:
+        unsafe extern "C" fn(*mut ibv_pd, *mut ibv_buf, *mut c_void, usize, c_int) -> *mut ibv_mr,
+}
+
+/// `ibv_alloc_buf(3)` and what belongs to it, if the library has them.
+pub(crate) fn buffers() -> Option<Buffers> {
+    library();
+    // SAFETY: `library` has opened it: this counts once more.
+    let handle = unsafe { libc::dlopen(c"libibverbs.so.1".as_ptr(), libc::RTLD_NOW) };
+    let find = |name| find(handle, name, "IBVERBS_1.17").ok();
+    let (alloc, free) = (find("ibv_alloc_buf")?, find("ibv_free_buf")?);
+    let register = find("ibv_reg_buf_mr")?;
+    // SAFETY: the symbols of these names and this version have these types in the header.
+    unsafe {
+        Some(Buffers {
+            alloc: core::mem::transmute::<*mut c_void, _>(alloc),
+            free: core::mem::transmute::<*mut c_void, _>(free),
+            register: core::mem::transmute::<*mut c_void, _>(register),
+        })
+    }
 }
 
 /// Calls a function of the library.

@@ -203,6 +203,17 @@ impl Ah {
     }
 }
 
+/// The address that a datagram came from (`ibv_init_ah_from_wc(3)`).
+pub(crate) fn address_of(pd: &Arc<Pd>, wc: &super::Wc, grh: &[u8; 40]) -> Outcome<ibv_ah_attr> {
+    let (mut raw, mut grh, mut attr) = (wc.raw(), *grh, address(pd, [0; 16]));
+    let at = grh.as_mut_ptr().cast();
+    let got = verb!(ibv_init_ah_from_wc(pd.ctx.ptr, 1, &mut raw, at, &mut attr));
+    if got != 0 {
+        fail!("ibv_init_ah_from_wc: {got}, errno {}", name_of(errno()));
+    }
+    Ok(attr)
+}
+
 /// The address of a GID, reached from the domain's device.
 pub(crate) fn address(pd: &Arc<Pd>, gid: [u8; 16]) -> ibv_ah_attr {
     ibv_ah_attr {
