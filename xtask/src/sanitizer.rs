@@ -8,14 +8,13 @@ use freeflow_tests::skip;
 
 use crate::cargo::{cargo, run, target};
 
-/// Crates with unsafe code that have tests of their own, and the router, whose tests do most with
-/// shared memory. The C boundary is run under valgrind (`tests/memcheck.rs`).
-const PACKAGES: [&str; 5] = [
+/// Crates with unsafe code that have tests of their own. The C boundary is run under valgrind
+/// (`tests/memcheck.rs`).
+const PACKAGES: [&str; 4] = [
     "freeflow-shm",
     "freeflow-convert",
     "freeflow-client",
     "freeflow-fabric-udp",
-    "freeflow-router",
 ];
 
 /// Tests that the sanitizer is not run on, and why.
