@@ -417,10 +417,14 @@ fn libfabric_over_each_of_its_endpoint_types() {
         let connect = [&common[..], &["-P", &number, "10.78.2.1"]].concat();
         let client = private(&bed, "10.78.2.2", &connect);
         for end in [client, server] {
-            let said = end.wait(DEADLINE).and_then(Ended::success);
-            let said = said.unwrap_or_else(|e| panic!("{provider} {kind}: {e:#}"));
-            assert!(said.stdout.contains("4k "), "{said}");
-            assert!(!said.stdout.contains("rror"), "{said}");
+            let said = end.wait(DEADLINE).unwrap();
+            assert!(said.stdout.contains("4k "), "{provider} {kind}: {said}");
+            // To a side that hears of the other's end before it has asked for its last completion,
+            // rxm says that this was flushed: it destroys the queue pair first, and the completions
+            // of that go with it.
+            let late = provider.ends_with("rxm") && said.stderr.contains("Flushed Error");
+            assert!(said.status.success() || late, "{provider} {kind}: {said}");
+            assert!(!said.stdout.contains("rror"), "{provider} {kind}: {said}");
         }
     }
 }
