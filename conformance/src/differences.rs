@@ -14,6 +14,7 @@ const NO_EVENT: &str = "queue pairs have no asynchronous events of errors";
 const ROUNDED: &str = "queues are deeper than the capacity they tell";
 const UNCHECKED: &str = "requests are not checked when they are posted";
 const NO_BAD_WR: &str = "bad_wr is not set when the queue pair's state forbids posting";
+const STUCK: &str = "now and then, requests of two threads are left in the queue";
 const SHORT: &str = "a message longer than its receive is a remote operation error";
 const DRAINED: &str = "work posted or pending in SQD is not taken up in RTS";
 const RNR_TIMEOUT: &str = "the retransmission timer runs while the peer is not ready";
@@ -25,6 +26,11 @@ const RXE: &[(&str, &str, &str)] = &[
         "post::send_queue_is_as_deep_as_granted",
         ROUNDED,
         "ibv_create_qp(3)",
+    ),
+    (
+        "extended::start_locks_out_other_threads",
+        STUCK,
+        "ibv_wr_start(3)",
     ),
     (
         "post::receive_queue_is_as_deep_as_granted",
