@@ -168,17 +168,18 @@ fn import_of_device_and_region(env: &Env) -> Outcome {
     // SAFETY: live objects' public fields.
     let (fd, pd, mr) =
         unsafe { ((*end.ctx.ptr).cmd_fd, (*end.pd.ptr).handle, (*end.mr().ptr).handle) };
-    if fd < 0 {
-        skip!("device does not offer importing: it has no command descriptor");
-    }
-    // SAFETY: a descriptor of our own.
+    // SAFETY: only the number is looked at.
     let fd = unsafe { libc::dup(fd) };
+    check!(fd >= 0, "a duplicate of cmd_fd: {}", name_of(errno()));
     let ctx = verb!(ibv_import_device(fd));
     if ctx.is_null() {
-        if matches!(errno(), libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY) {
+        let why = errno();
+        // SAFETY: a descriptor of our own, which nobody took.
+        unsafe { libc::close(fd) };
+        if matches!(why, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY) {
             skip!("device does not offer importing");
         }
-        fail!("ibv_import_device: {}", name_of(errno()));
+        fail!("ibv_import_device: {}", name_of(why));
     }
     let domain = verb!(ibv_import_pd(ctx, pd));
     if domain.is_null() && matches!(errno(), libc::EOPNOTSUPP | libc::ENOSYS) {

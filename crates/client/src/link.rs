@@ -1,6 +1,6 @@
 //! The connection to the router: one question, one answer.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -66,6 +66,11 @@ impl Link {
                 Err(Errno::IO)
             }
         }
+    }
+
+    /// The socket.
+    pub(crate) fn fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
     }
 
     /// The router's process.

@@ -174,8 +174,7 @@ fn new_context(device: *mut ibv_device, client: Arc<client::Context>) -> Context
     let base = ibv_context {
         device,
         ops,
-        // No kernel device stands behind it.
-        cmd_fd: -1,
+        cmd_fd: client.command_fd(),
         async_fd: client.async_fd(),
         num_comp_vectors: client.info().limits.comp_vectors as c_int,
         mutex: MUTEX,
