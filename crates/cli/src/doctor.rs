@@ -227,7 +227,7 @@ pub(crate) fn probe(what: Probe) -> Result<ExitCode> {
         Probe::Network => namespaces::probe_network()?,
         Probe::Mounts => {
             let tree = std::env::temp_dir().join(format!("freeflow-doctor-{}", std::process::id()));
-            let tried = sysfs::write(&tree, [[10, 77, 0, 1].into()], "lo")
+            let tried = sysfs::write(&tree, [[10, 77, 0, 1].into()], None)
                 .map_err(anyhow::Error::from)
                 .and_then(|()| namespaces::separate(UnshareFlags::NEWNS))
                 .and_then(|()| enter::arrange(&tree, false));

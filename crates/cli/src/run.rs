@@ -51,14 +51,11 @@ pub(crate) fn run(dir: &RuntimeDir, args: &RunArgs) -> Result<ExitCode> {
         );
     }
     let private = args.network == Network::Private;
-    let ndev = if private {
-        freeflow_network::INTERFACE
-    } else {
-        "lo"
-    };
+    let interface = private.then_some(freeflow_network::INTERFACE);
     let tree = dir.sysfs(&endpoint.name);
     let ips = [endpoint.ip].into_iter().chain(endpoint.underlay);
-    sysfs::write(&tree, ips, ndev).with_context(|| format!("cannot write {}", tree.display()))?;
+    sysfs::write(&tree, ips, interface)
+        .with_context(|| format!("cannot write {}", tree.display()))?;
     let own = std::env::current_exe().context("cannot find the freeflow command itself")?;
     let mut command = Command::new(own);
     command.arg("--runtime-dir").arg(dir.path());

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::IpAddr;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 
 /// Name of the device.
@@ -12,15 +13,25 @@ pub(crate) const UVERBS: &str = "uverbs0";
 /// An empty directory in the tree, to mount things on while they are put together.
 pub(crate) const STAGE: &str = "stage";
 
-/// Writes the tree of an endpoint with these addresses as GIDs, the first of which is on the
-/// interface `ndev`. Of the others the interface may be in another network: it is not told.
+/// Writes the tree of an endpoint with these addresses as GIDs. The first is on `interface`, if it is
+/// on one. Of the others the interface may be in another network: it is not told.
 pub(crate) fn write(
     root: &Path,
     ips: impl IntoIterator<Item = IpAddr>,
-    ndev: &str,
+    interface: Option<&str>,
 ) -> io::Result<()> {
     std::fs::create_dir_all(root.join(STAGE))?;
     let device = root.join("infiniband").join(DEVICE);
+    if let Some(name) = interface {
+        let net = device.join("device/net");
+        std::fs::create_dir_all(&net)?;
+        // By its own path: the tree is not always at /sys/class.
+        let to = Path::new("/sys/class/net").join(name);
+        match symlink(to, net.join(name)) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
+    }
     for (index, ip) in ips.into_iter().enumerate() {
         let v6 = match ip {
             IpAddr::V4(v4) => v4.to_ipv6_mapped(),
@@ -45,7 +56,7 @@ pub(crate) fn write(
         ("ports/1/rate", "100 Gb/sec (4X EDR)"),
         ("ports/1/cap_mask", "0x00000000"),
         ("ports/1/pkeys/0", "0xffff"),
-        ("ports/1/gid_attrs/ndevs/0", ndev),
+        ("ports/1/gid_attrs/ndevs/0", interface.unwrap_or("lo")),
         ("device/vendor", "0x46464c"),
         ("device/numa_node", "-1"),
     ];
@@ -73,7 +84,7 @@ mod tests {
     fn the_gid_is_written_as_sysfs_does() {
         let root = std::env::temp_dir().join(format!("ff-sysfs-{}", std::process::id()));
         let ips = ["10.1.2.3", "fd00::7"].map(|ip| ip.parse().unwrap());
-        write(&root, ips, "eth0").unwrap();
+        write(&root, ips, Some("eth0")).unwrap();
         let read = |file: &str| {
             let port = root.join("infiniband/freeflow0/ports/1");
             std::fs::read_to_string(port.join(file)).unwrap()
@@ -83,6 +94,10 @@ mod tests {
         for type_of in ["gid_attrs/types/0", "gid_attrs/types/1"] {
             assert_eq!(read(type_of), "RoCE v2\n");
         }
+        assert_eq!(read("gid_attrs/ndevs/0"), "eth0\n");
+        let net = root.join("infiniband/freeflow0/device/net/eth0");
+        let shown = std::fs::read_link(net).unwrap();
+        assert_eq!(shown, Path::new("/sys/class/net/eth0"));
         std::fs::remove_dir_all(root).unwrap();
     }
 }
