@@ -17,6 +17,7 @@ tests! { "extended";
     poll_reads_every_field OneProcess "ibv_create_cq_ex(3): wc_flags";
     timestamps_are_of_the_devices_clock OneProcess "ibv_query_rt_values_ex(3): the clock of completion timestamps";
     timestamps_grow OneProcess "ibv_create_cq_ex(3): IBV_WC_EX_WITH_COMPLETION_TIMESTAMP";
+    time_of_day OneProcess "ibv_create_cq_ex(3): IBV_WC_EX_WITH_COMPLETION_TIMESTAMP_WALLCLOCK";
 }
 
 const OPS: u64 = IBV_QP_EX_WITH_RDMA_WRITE
@@ -401,5 +402,30 @@ fn timestamps_grow(env: &Env) -> Outcome {
         last = now;
     }
     check!(last != 0, "no time is told");
+    Ok(())
+}
+
+fn time_of_day(env: &Env) -> Outcome {
+    // Of two clocks; and a device may take the time in somewhat larger steps.
+    const NEAR: u128 = 1_000_000_000;
+    let end = End::open(env, false, &Spec::rc())?;
+    let both = IBV_WC_EX_WITH_COMPLETION_TIMESTAMP | IBV_WC_EX_WITH_COMPLETION_TIMESTAMP_WALLCLOCK;
+    let cq = queue(&end, both)?;
+    let qp = looped(&end, &cq)?;
+    let to = end.addr();
+    let now = || {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        now.map_or(0, |since| since.as_nanos())
+    };
+    for i in 0..3 {
+        let before = now();
+        qp.send(&[Op::WRITE.request(i, to.base, to.rkey).sge(end.sge(0, 8))])?;
+        let told = u128::from(started(&cq)?.wallclock()?);
+        let after = now();
+        check!(
+            (before - NEAR..after + NEAR).contains(&told),
+            "{told} ns, between {before} and {after}"
+        );
+    }
     Ok(())
 }

@@ -279,6 +279,7 @@ impl Reader<'_> {
         qp_num read_qp_num u32;
         flags read_wc_flags u32;
         timestamp read_completion_ts u64;
+        wallclock read_completion_wallclock_ns u64;
     }
 }
 

@@ -41,7 +41,7 @@ pub struct Completion {
     pub wc_flags: u32,
     /// Service level.
     pub sl: u8,
-    /// Nanoseconds of the router's monotonic clock.
+    /// Nanoseconds of the monotonic clock.
     pub timestamp: u64,
 }
 

@@ -5,6 +5,7 @@ use std::cell::UnsafeCell;
 
 use freeflow_abi::*;
 use freeflow_client::{Completion, Errno};
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::domain::is_parent;
 use crate::objects::{
@@ -98,7 +99,7 @@ unsafe fn create(
         read_cvlan: None,
         read_flow_tag: None,
         read_tm_info: None,
-        read_completion_wallclock_ns: None,
+        read_completion_wallclock_ns: Some(read_completion_wallclock_ns),
     };
     let current = UnsafeCell::new(Completion::default());
     let cq = Box::write(
@@ -144,7 +145,8 @@ pub(crate) unsafe extern "C" fn create_cq_ex(
         | IBV_WC_EX_WITH_SLID
         | IBV_WC_EX_WITH_SL
         | IBV_WC_EX_WITH_DLID_PATH_BITS
-        | IBV_WC_EX_WITH_COMPLETION_TIMESTAMP;
+        | IBV_WC_EX_WITH_COMPLETION_TIMESTAMP
+        | IBV_WC_EX_WITH_COMPLETION_TIMESTAMP_WALLCLOCK;
     // SAFETY: the caller gives attributes.
     let attr = unsafe { &*attr };
     let flags = if attr.comp_mask & IBV_CQ_INIT_ATTR_MASK_FLAGS != 0 {
@@ -375,4 +377,20 @@ readers! {
     read_sl -> u8 = |c| c.sl;
     read_dlid_path_bits -> u8 = |_c| 0;
     read_completion_ts -> u64 = |c| c.timestamp;
+    read_completion_wallclock_ns -> u64 = |c| wallclock(c.timestamp);
+}
+
+/// Nanoseconds since 1970 of a moment of the monotonic clock, if the time of day has not been set
+/// since.
+fn wallclock(timestamp: u64) -> u64 {
+    now(ClockId::Realtime)
+        .wrapping_sub(now(ClockId::Monotonic))
+        .wrapping_add(timestamp)
+}
+
+fn now(clock: ClockId) -> u64 {
+    let now = clock_gettime(clock);
+    (now.tv_sec as u64)
+        .wrapping_mul(1_000_000_000)
+        .wrapping_add(now.tv_nsec as u64)
 }
