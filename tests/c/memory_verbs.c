@@ -1027,6 +1027,16 @@ static void case_device_memory(void)
 	CHECK(!ibv_reg_dm_mr(b.pd, dm, 0, SIZE + 1, based) && errno == EINVAL);
 	CHECK(!ibv_reg_dm_mr(b.pd, dm, SIZE, 1, based) && errno == EINVAL);
 	CHECK(!ibv_reg_dm_mr(b.pd, dm, UINT64_MAX, 2, based) && errno == EINVAL);
+	CHECK(!ibv_reg_dm_mr(b.pd, dm, SIZE + 1, 0, based) && errno == EINVAL);
+	// A region of nothing is one, as with hardware.
+	for (uint64_t offset = 0; offset <= SIZE; offset += SIZE) {
+		struct ibv_mr *empty = ibv_reg_dm_mr(b.pd, dm, offset, 0, based);
+		CHECK(empty && empty->length == 0);
+		CHECK(ibv_free_dm(dm) == EBUSY);
+		CHECK(write_status(empty->rkey, 0, 0) == IBV_WC_SUCCESS);
+		CHECK(write_status(empty->rkey, 0, 1) == IBV_WC_REM_ACCESS_ERR);
+		CHECK(ibv_dereg_mr(empty) == 0);
+	}
 	struct ibv_mr *mr = ibv_reg_dm_mr(b.pd, dm, 64, 1024, based);
 	CHECK(mr && mr->length == 1024);
 	CHECK(ibv_free_dm(dm) == EBUSY);

@@ -348,7 +348,9 @@ impl Engine {
         };
         let (range, dm) = ((0, request.len), Some(request.dm));
         let (pd, access) = (request.pd, request.access);
-        self.add_mr(session, pd, access, range, vec![piece], dm, None)
+        // An empty region is in no place.
+        let pieces = Some(piece).filter(|p| p.len != 0).into_iter().collect();
+        self.add_mr(session, pd, access, range, pieces, dm, None)
     }
 }
 

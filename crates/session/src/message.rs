@@ -479,10 +479,7 @@ impl Request {
                 at_least_one("length", *len)?;
                 at_most("length", *len, limits.max_dm_size)
             }
-            Request::RegDmMr(r) => {
-                at_least_one("length", r.len)?;
-                at_most("offset", r.offset, u64::MAX - r.len)
-            }
+            Request::RegDmMr(r) => at_most("offset", r.offset, u64::MAX - r.len),
             Request::Cm(request) => request.validate(),
             Request::CreateSrq(c) => c.validate(limits),
             Request::ModifySrq(m) => m.validate(limits),
