@@ -991,8 +991,7 @@ static void case_on_demand(void)
 	for (size_t i = 0; i < sizeof there; i++)
 		CHECK(there[i] & 1);
 
-	// Everything at once is not offered; a region may become an ordinary one.
-	CHECK(!ibv_reg_mr(b.pd, NULL, SIZE_MAX, IBV_ACCESS_ON_DEMAND) && errno == EINVAL);
+	// A region may become an ordinary one.
 	CHECK(ibv_rereg_mr(fetched, IBV_REREG_MR_CHANGE_ACCESS, NULL, NULL, 0, ALL) == 0);
 	CHECK(write_status(fetched->rkey, (uintptr_t)fresh, 8) == IBV_WC_SUCCESS);
 	CHECK(!strcmp(fresh, "demand"));
@@ -1004,6 +1003,70 @@ static void case_on_demand(void)
 }
 
 // ---------------------------------------------------------------- device memory
+
+static void case_implicit(void)
+{
+	start(IBV_QPT_RC, 0, ALL);
+	int access = ALL | IBV_ACCESS_ON_DEMAND;
+	// All addresses, on demand: nothing less, and nowhere else.
+	CHECK(!ibv_reg_mr(b.pd, NULL, SIZE_MAX, ALL) && errno == EINVAL);
+	CHECK(!ibv_reg_mr(b.pd, NULL, SIZE_MAX - 1, access) && errno == EINVAL);
+	CHECK(!ibv_reg_mr(b.pd, (void *)4096, SIZE_MAX, access) && errno == EINVAL);
+	CHECK(!ibv_reg_mr_iova(b.pd, NULL, SIZE_MAX, 4096, access) && errno == EINVAL);
+	struct ibv_mr *mr = ibv_reg_mr(b.pd, NULL, SIZE_MAX, access);
+	CHECK(mr && mr->addr == NULL && mr->length == SIZE_MAX);
+	struct ibv_mr *other = ibv_reg_mr(b.pd, NULL, SIZE_MAX, IBV_ACCESS_ON_DEMAND);
+	CHECK(other && other->rkey != mr->rkey);
+
+	// Memory that was there, registered or not, and what is mapped later.
+	static char variable[64];
+	strcpy(a.buf, "demand");
+	CHECK(write_status(mr->rkey, (uintptr_t)variable, 8) == IBV_WC_SUCCESS);
+	CHECK(!strcmp(variable, "demand"));
+	CHECK(write_status(mr->rkey, (uintptr_t)b.buf, 8) == IBV_WC_SUCCESS);
+	CHECK(!strcmp(b.buf, "demand"));
+	char *area = pages(4 * SIZE);
+	uint64_t at = (uintptr_t)area;
+	CHECK(write_status(mr->rkey, at + SIZE - 4, 8) == IBV_WC_SUCCESS);
+	CHECK(!strcmp(area + SIZE - 4, "demand"));
+	CHECK(advise(IBV_ADVISE_MR_ADVICE_PREFETCH_WRITE, 0, at, 4 * SIZE, mr->lkey) == 0);
+	CHECK(advise(IBV_ADVISE_MR_ADVICE_PREFETCH_WRITE, 0, at, 8, other->lkey) == EPERM);
+
+	// The same bytes by its local key.
+	strcpy(variable, "local");
+	struct ibv_sge sge = { .addr = (uintptr_t)variable, .length = 8, .lkey = mr->lkey };
+	struct ibv_send_wr wr = {
+		.sg_list = &sge,
+		.num_sge = 1,
+		.opcode = IBV_WR_RDMA_WRITE,
+		.wr.rdma = { .remote_addr = (uintptr_t)a.buf, .rkey = a.mr->rkey },
+	};
+	CHECK(post(&b, &wr) == 0);
+	expect_op(b.cq, 0, IBV_WC_RDMA_WRITE);
+	CHECK(!strcmp(a.buf, "local"));
+
+	// The ends of the address space, and the kernel's part: nothing is there.
+	uint64_t nowhere[] = { 0, 4088, 1ULL << 47, 0xFFFF800000000000, UINT64_MAX - 4096,
+			       UINT64_MAX - 8 };
+	for (size_t i = 0; i < sizeof nowhere / sizeof *nowhere; i++) {
+		CHECK(write_status(mr->rkey, nowhere[i], 8) == IBV_WC_REM_OP_ERR);
+	}
+	// Past the last address.
+	CHECK(write_status(mr->rkey, UINT64_MAX - 4, 8) == IBV_WC_REM_ACCESS_ERR);
+	CHECK(write_status(other->rkey, at, 8) == IBV_WC_REM_ACCESS_ERR);
+	CHECK(munmap(area, 4 * SIZE) == 0);
+	CHECK(write_status(mr->rkey, at, 8) == IBV_WC_REM_OP_ERR);
+
+	// Other rights, but not without demand; and the end.
+	int change = IBV_REREG_MR_CHANGE_ACCESS;
+	CHECK(ibv_rereg_mr(mr, change, NULL, NULL, 0, ALL) == IBV_REREG_MR_ERR_CMD);
+	CHECK(write_status(mr->rkey, (uintptr_t)variable, 8) == IBV_WC_SUCCESS);
+	CHECK(ibv_rereg_mr(mr, change, NULL, NULL, 0, IBV_ACCESS_ON_DEMAND) == 0);
+	CHECK(write_status(mr->rkey, (uintptr_t)variable, 8) == IBV_WC_REM_ACCESS_ERR);
+	CHECK(ibv_rereg_mr(mr, change, NULL, NULL, 0, access) == 0);
+	CHECK(write_status(mr->rkey, (uintptr_t)variable, 8) == IBV_WC_SUCCESS);
+	CHECK(ibv_dereg_mr(mr) == 0 && ibv_dereg_mr(other) == 0);
+}
 
 static void case_device_memory(void)
 {
@@ -1214,7 +1277,7 @@ static void case_capabilities(void)
 	CHECK(!(attr.device_cap_flags_ex & persistent));
 	CHECK((attr.device_cap_flags_ex & has) == has);
 	CHECK(attr.orig_attr.max_mw > 0 && attr.max_dm_size > 0);
-	CHECK(attr.odp_caps.general_caps == IBV_ODP_SUPPORT);
+	CHECK(attr.odp_caps.general_caps == (IBV_ODP_SUPPORT | IBV_ODP_SUPPORT_IMPLICIT));
 	uint32_t datagram = IBV_ODP_SUPPORT_SEND | IBV_ODP_SUPPORT_RECV;
 	uint32_t rc = datagram | IBV_ODP_SUPPORT_WRITE | IBV_ODP_SUPPORT_READ |
 		      IBV_ODP_SUPPORT_ATOMIC | 1 << 6 | 1 << 7;
@@ -1238,6 +1301,7 @@ static const struct {
 	{ "zero_based", case_zero_based },
 	{ "null_region", case_null_region },
 	{ "on_demand", case_on_demand },
+	{ "implicit", case_implicit },
 	{ "device_memory", case_device_memory },
 	{ "buffers", case_buffers },
 	{ "rings_made_by_threads", case_rings_made_by_threads },

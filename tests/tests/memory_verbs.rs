@@ -31,5 +31,5 @@ macro_rules! cases {
 
 cases! {
     rereg window_type_1 window_type_2 windows_over_xrc bind_errors extended_posting atomic_write zero_based
-    null_region on_demand device_memory buffers rings_made_by_threads capabilities
+    null_region on_demand implicit device_memory buffers rings_made_by_threads capabilities
 }

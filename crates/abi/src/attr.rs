@@ -89,6 +89,8 @@ pub struct ibv_odp_caps {
 
 /// `general_caps`.
 pub const IBV_ODP_SUPPORT: u64 = 1;
+/// `general_caps`: a region may be all addresses.
+pub const IBV_ODP_SUPPORT_IMPLICIT: u64 = 1 << 1;
 
 /// Per transport.
 pub const IBV_ODP_SUPPORT_SEND: u32 = 1;

@@ -94,6 +94,12 @@ impl Range {
         self
     }
 
+    /// Whether it is all addresses, and asked for as the implicit region of them.
+    fn is_everything(&self) -> bool {
+        let all = (self.addr, self.len, self.iova) == (0, u64::MAX, 0);
+        all && self.access.contains(Access::ON_DEMAND)
+    }
+
     /// Whether the device may write there.
     fn needs_write(&self) -> bool {
         let writes = Access::LOCAL_WRITE | Access::REMOTE_CHANGE | Access::MW_BIND;
@@ -104,6 +110,10 @@ impl Range {
 impl Session {
     /// Makes the pages of a range reachable for the router.
     fn pin(&self, range: &Range) -> Result<(Pinned, Translation), Errno> {
+        if range.is_everything() {
+            self.attach_memory()?;
+            return Ok((Pinned::OnDemand, Translation::everything()));
+        }
         let (addr, len) = (range.addr, range.len);
         let largest = self.info.limits.max_mr_size;
         if len == 0 || len > largest || addr.checked_add(len).is_none() {
@@ -172,7 +182,9 @@ impl Session {
 
 impl Pd {
     /// Registers `len` bytes at `addr`; work requests name the first one `iova`, or 0 with
-    /// [`Access::ZERO_BASED`]. Of shared pages, the router need not be asked.
+    /// [`Access::ZERO_BASED`]. Of shared pages, the router need not be asked. `u64::MAX` bytes at 0
+    /// are all addresses, with [`Access::ON_DEMAND`]; ENOMEM: an endpoint whose registered bytes are
+    /// limited may not have that.
     pub fn reg_mr(&self, addr: u64, len: u64, iova: u64, access: Access) -> Result<Mr, Errno> {
         let session = &self.context.session;
         if !session.is_own() {

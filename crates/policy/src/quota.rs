@@ -180,11 +180,11 @@ impl Usage {
         }
     }
 
-    /// Whether there may be `more` of something.
+    /// Whether there may be `more` of something; `u64::MAX` is any number, for which there must be
+    /// no limit.
     pub fn check(&self, quota: &Quota, resource: Resource, more: u64) -> Result<(), Exceeded> {
         let (used, limit) = (self.of(resource), quota.limit(resource));
-        let allowed = used.checked_add(more).is_some_and(|sum| sum <= limit);
-        if allowed || more == 0 {
+        if used.saturating_add(more) <= limit || more == 0 {
             return Ok(());
         }
         Err(Exceeded {
@@ -215,6 +215,10 @@ mod tests {
         quota.set("qps=1".parse().unwrap());
         assert_eq!(usage.check(&quota, Resource::Qps, 0), Ok(()));
         assert!(usage.check(&quota, Resource::Qps, 1).is_err());
+        // Any number takes that there is no limit.
+        assert!(usage.check(&quota, Resource::Qps, u64::MAX).is_err());
+        quota.set("qps=none".parse().unwrap());
+        assert_eq!(usage.check(&quota, Resource::Qps, u64::MAX), Ok(()));
         let mut sum = usage;
         sum.replace(&usage, &Usage::default().with(Resource::Mrs, 7));
         assert_eq!(sum, Usage::default().with(Resource::Mrs, 7));

@@ -298,14 +298,25 @@ impl Mr {
     }
 }
 
-/// Bytes of a region's pieces and, of these, foreign ones.
+/// Bytes of a region's pieces and, of these, foreign ones. A region of all addresses counts as none:
+/// it holds no memory, and how much there is behind it is not known.
 pub(crate) fn weight(pieces: &[Piece]) -> (u64, u64) {
     let sum = |of: fn(&Backing) -> bool| {
-        let pieces = pieces.iter().filter(|p| of(&p.backing));
-        pieces.map(|p| p.len).sum()
+        let pieces = pieces.iter().filter(|p| p.len != u64::MAX);
+        pieces.filter(|p| of(&p.backing)).map(|p| p.len).sum()
     };
     let registered = sum(|b| !matches!(b, Backing::Null));
     (registered, sum(|b| matches!(b, Backing::Foreign { .. })))
+}
+
+/// Bytes that an endpoint has to be allowed for a region of these pieces: for all addresses, any
+/// number of bytes.
+pub(crate) fn claim(pieces: &[Piece]) -> u64 {
+    let everything = |p: &Piece| p.len == u64::MAX && matches!(p.backing, Backing::Foreign { .. });
+    if pieces.iter().any(everything) {
+        return u64::MAX;
+    }
+    weight(pieces).0
 }
 
 /// Device memory: pages of a pool segment that the program reaches by copying alone.

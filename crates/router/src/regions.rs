@@ -12,7 +12,7 @@ use crate::control::{Outcome, done};
 use crate::engine::Engine;
 use crate::held::Held;
 use crate::keys::Named;
-use crate::objects::{Backing, Dm, Mr, Piece, weight};
+use crate::objects::{Backing, Dm, Mr, Piece, claim};
 
 /// Rights that a region may have. Pages of a memfd do not survive the host: nothing here is
 /// persistent.
@@ -104,8 +104,7 @@ impl Engine {
         }
         self.check_session(session, Held::pieces(pieces.len()))?;
         self.check_quota(session, Resource::Mrs, 1)?;
-        let registered = weight(&pieces).0;
-        self.check_quota(session, Resource::Registered, registered)?;
+        self.check_quota(session, Resource::Registered, claim(&pieces))?;
         let s = self.session_mut(session)?;
         let key = key.map_or_else(|| s.keys.choose(), Ok)?;
         let region = Mr {
@@ -168,8 +167,8 @@ impl Engine {
         };
         if let Some((.., pieces)) = &place {
             self.check_session(session, Held::pieces(pieces.len()))?;
-            let old = self.own_mr(session, request.mr)?.weight().0;
-            let more = weight(pieces).0.saturating_sub(old);
+            let old = claim(&self.own_mr(session, request.mr)?.pieces);
+            let more = claim(pieces).saturating_sub(old);
             self.check_quota(session, Resource::Registered, more)?;
         }
         let m = self.own_mr(session, request.mr)?;

@@ -71,7 +71,24 @@ pub struct Translation {
 }
 
 impl Translation {
-    pub(crate) fn validate(&self, max_mr_size: u64) -> Result<(), Invalid> {
+    /// All addresses of the application, whatever is there when one is used: what an implicit
+    /// on-demand region is (`ibv_reg_mr(3)` of `NULL` and `SIZE_MAX`).
+    pub fn everything() -> Self {
+        Translation {
+            iova: 0,
+            len: u64::MAX,
+            pieces: vec![PieceDesc {
+                len: u64::MAX,
+                kind: PieceKind::Foreign { addr: 0 },
+            }],
+        }
+    }
+
+    /// Only an on-demand region may be longer than `max_mr_size`, and then it is everything.
+    pub(crate) fn validate(&self, access: Access, max_mr_size: u64) -> Result<(), Invalid> {
+        if access.contains(Access::ON_DEMAND) && *self == Self::everything() {
+            return Ok(());
+        }
         at_most("length", self.len, max_mr_size)?;
         at_most("pieces", self.pieces.len() as u64, MAX_PIECES as u64)?;
         let mut sum = 0u64;
@@ -260,6 +277,57 @@ mod tests {
         assert!(reg(9, vec![foreign(0, 4), foreign(8, 6)]).is_err());
         assert!(reg(4, vec![foreign(u64::MAX - 1, 4)]).is_err());
         assert!(reg(4, vec![foreign(0, u64::MAX), foreign(0, 5)]).is_err());
+    }
+
+    #[test]
+    fn all_addresses_are_for_regions_on_demand() {
+        let limits = DeviceLimits::default();
+        let reg = |translation: Translation, access| {
+            let pd = Handle(0);
+            let reg = RegMr {
+                pd,
+                translation,
+                access,
+            };
+            Request::RegMr(reg).validate(&limits)
+        };
+        let rereg = |access| {
+            let rereg = ReregMr {
+                mr: Handle(0),
+                pd: None,
+                translation: Some(Translation::everything()),
+                access,
+            };
+            Request::ReregMr(rereg).validate(&limits)
+        };
+        let on_demand = Access::ON_DEMAND | Access::LOCAL_WRITE;
+        assert!(reg(Translation::everything(), on_demand).is_ok());
+        assert!(reg(Translation::everything(), Access::LOCAL_WRITE).is_err());
+        assert!(rereg(Some(on_demand)).is_ok());
+        assert!(rereg(Some(Access::LOCAL_WRITE)).is_err());
+        assert!(rereg(None).is_err());
+        // Whoever asks for less has to say of what.
+        let most = |iova, len, piece| Translation {
+            iova,
+            len,
+            pieces: vec![piece],
+        };
+        let all = foreign(0, u64::MAX);
+        let pool = PieceDesc {
+            len: u64::MAX,
+            kind: PieceKind::Pool {
+                segment: 0,
+                offset: 0,
+            },
+        };
+        for wrong in [
+            most(1, u64::MAX, all),
+            most(0, u64::MAX, foreign(1, u64::MAX)),
+            most(0, u64::MAX - 1, foreign(0, u64::MAX - 1)),
+            most(0, u64::MAX, pool),
+        ] {
+            assert!(reg(wrong.clone(), on_demand).is_err(), "{wrong:?}");
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The messages.
 
-use freeflow_types::{DeviceLimits, Gid, Mtu, QpAttr, QpAttrMask, QpCap, QpType, Qpn};
+use freeflow_types::{Access, DeviceLimits, Gid, Mtu, QpAttr, QpAttrMask, QpCap, QpType, Qpn};
 use serde::{Deserialize, Serialize};
 
 use crate::cm::{CmEvent, CmIdInfo, CmQpAttr, CmRequest};
@@ -465,9 +465,12 @@ impl Request {
                 )
             }
             Request::AllocPages { len } => at_most("pages", *len, limits.max_mr_size),
-            Request::RegMr(r) => r.translation.validate(limits.max_mr_size),
+            Request::RegMr(r) => r.translation.validate(r.access, limits.max_mr_size),
             Request::ReregMr(r) => match &r.translation {
-                Some(to) => to.validate(limits.max_mr_size),
+                Some(to) => {
+                    let access = r.access.unwrap_or(Access::empty());
+                    to.validate(access, limits.max_mr_size)
+                }
                 None => Ok(()),
             },
             Request::AdviseMr(a) => at_most("ranges", a.ranges.len() as u64, MAX_ADVISED as u64),

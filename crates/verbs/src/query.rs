@@ -155,7 +155,7 @@ pub(crate) unsafe extern "C" fn query_device_ex(
         orig_attr: device_attr(&info),
         comp_mask: 0,
         odp_caps: ibv_odp_caps {
-            general_caps: IBV_ODP_SUPPORT,
+            general_caps: IBV_ODP_SUPPORT | IBV_ODP_SUPPORT_IMPLICIT,
             rc_odp_caps: ODP_RC,
             uc_odp_caps: ODP_UC,
             ud_odp_caps: ODP_UD,
