@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 use freeflow_session::{CreateCq, Handle, Reply, Request};
 use freeflow_shm::{ARM_ANY, ARM_SOLICITED, CompletionEntry, CqRing, Region};
@@ -17,6 +18,10 @@ use crate::session::{Session, unpoisoned};
 
 /// Empty polls between looks whether the router still lives.
 const POLLS_PER_CHECK: u32 = 4096;
+
+/// What was posted before a queue is resized is to count, as with a device that executes it at once:
+/// a router that is asleep, or busy with others, gets so much time for it.
+const TAKE_UP_TIME: Duration = Duration::from_millis(10);
 
 /// A completion, with the numbers of `struct ibv_wc`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -335,6 +340,7 @@ impl Cq {
             cq: self.handle,
             cqe,
         };
+        self.session.wait_until_taken_up(TAKE_UP_TIME);
         // Nobody polls or arms the old ring while the router changes over.
         let mut poller = unpoisoned(&self.poller);
         let (Reply::Cq(made), Some(region)) = self.session.call_for_ring(&request)? else {

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::time::{Duration, Instant};
 
 use freeflow_convert::{PageSource, PoolRange};
 use freeflow_session::{DeviceInfo, Handle, PROTOCOL_VERSION, Reply, Request, RingLocation};
@@ -215,6 +216,16 @@ impl Session {
             && map.mark(slot)
         {
             self.doorbell.ring();
+        }
+    }
+
+    /// Waits until the router has taken up what was posted, at most for so long.
+    pub(crate) fn wait_until_taken_up(&self, most: Duration) {
+        let until = Instant::now() + most;
+        while DirtyMap::new(self.dirty.words()).is_some_and(|map| map.is_dirty())
+            && Instant::now() < until
+        {
+            rustix::thread::sched_yield();
         }
     }
 

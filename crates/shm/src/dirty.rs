@@ -52,7 +52,7 @@ impl<'a> DirtyMap<'a> {
             && self.words[NEED_WAKE].swap(0, Ordering::AcqRel) != 0
     }
 
-    /// Router: whether any work may be waiting. A plain load: it may miss what was posted at this
+    /// Whether any work may be waiting. A plain load: it may miss what another thread posts at this
     /// moment, which a later look or `arm` finds.
     pub fn is_dirty(&self) -> bool {
         self.words[TOP].load(Ordering::Relaxed) != 0
