@@ -21,7 +21,7 @@ pub(crate) const PROGRAMS: [&str; 11] = [
 ];
 
 /// What people run over verbs: tests alone do.
-pub(crate) const APPLICATIONS: [&str; 7] = [
+pub(crate) const APPLICATIONS: [&str; 8] = [
     "openmpi-bin",
     "mpich",
     "tgt",
@@ -29,6 +29,7 @@ pub(crate) const APPLICATIONS: [&str; 7] = [
     "qemu-block-extra",
     "qemu-utils",
     "qemu-system-x86",
+    "python3-pyverbs",
 ];
 
 /// What tests compile against, and what they look at programs and set devices up with.
