@@ -401,6 +401,64 @@ fn a_context_goes_with_all_that_is_bound() {
     assert_eq!((session.counts.mws, session.counts.device), (0, 0));
 }
 
+#[test]
+fn all_addresses_are_had_where_bytes_are_not_limited() {
+    let mut host = Host::new(DeviceLimits::default());
+    let (session, pd) = (host.session, host.pd);
+    let access = Access::ON_DEMAND | Access::LOCAL_WRITE;
+    let everything = Request::RegMr(RegMr {
+        pd,
+        translation: Translation::everything(),
+        access,
+    });
+    // Not before the router reaches the process's memory.
+    assert_eq!(host.ask(everything.clone()), Err(Errno::PERM));
+    let (pid, uid) = (std::process::id(), rustix::process::getuid().as_raw());
+    let memory = ForeignMemory::open(pid, uid).unwrap();
+    host.engine.sessions.get_mut(session).unwrap().memory = Some(memory);
+    let counts = |host: &Host| {
+        let counts = &host.engine.sessions.get(session).unwrap().counts;
+        (counts.mrs, counts.registered, counts.foreign)
+    };
+    let plain = host.reg(Access::LOCAL_WRITE);
+    host.make(plain);
+    let first = host.make(everything.clone());
+    let second = host.make(everything.clone());
+    assert_eq!(counts(&host), (3, PAGE, 0));
+    let endpoint = host.engine.sessions.get(session).unwrap().endpoint;
+    host.engine
+        .set_quota(endpoint, &["registered=1G".parse().unwrap()]);
+    assert_eq!(host.ask(everything.clone()), Err(Errno::NOMEM));
+    // What there is stays, and may change.
+    let change = Request::ReregMr(ReregMr {
+        mr: first,
+        pd: None,
+        translation: Some(Translation::everything()),
+        access: Some(access | Access::REMOTE_WRITE),
+    });
+    assert_eq!(host.ask(change), Ok(Reply::Done));
+    // A region of less does not become one of all.
+    let mut small = host.translation();
+    small.pieces[0].kind = PieceKind::Foreign { addr: 0x1000 };
+    let small = host.make(Request::RegMr(RegMr {
+        pd,
+        translation: small,
+        access,
+    }));
+    let grow = Request::ReregMr(ReregMr {
+        mr: small,
+        pd: None,
+        translation: Some(Translation::everything()),
+        access: Some(access),
+    });
+    assert_eq!(host.ask(grow), Err(Errno::NOMEM));
+    assert_eq!(counts(&host), (4, 2 * PAGE, PAGE));
+    for mr in [first, second, small] {
+        assert_eq!(host.ask(Request::DeregMr { mr }), Ok(Reply::Done));
+    }
+    assert_eq!(counts(&host), (1, PAGE, 0));
+}
+
 /// What a write to own memory of a process completes with.
 fn status_of_foreign_write(pid: u32, before: impl FnOnce()) -> WcStatus {
     let mut host = Host::new(DeviceLimits::default());
