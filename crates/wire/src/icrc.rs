@@ -12,7 +12,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use crc32fast::Hasher;
 
-use crate::{BthOpcode, ICRC_BYTES, UDP_PORT};
+use crate::{BthOpcode, ICRC_BYTES, MAX_HEADER_BYTES, UDP_PORT};
 
 const UDP_HEADER: usize = 8;
 const IPPROTO_UDP: u8 = 17;
@@ -20,6 +20,10 @@ const IPPROTO_UDP: u8 = 17;
 const DF: u16 = 0x4000;
 /// Bytes of the base header, of which the fifth is masked.
 const BTH: usize = 12;
+/// The CRC's register after eight bytes of ones.
+const AFTER_ONES: u32 = 0xDEBB_20E3;
+/// Bytes of the longest headers: up to 16 in front of them, IPv6, UDP, and the transport's.
+const RUN: usize = 16 + 40 + UDP_HEADER + MAX_HEADER_BYTES;
 /// Bit of the base header's ninth byte.
 const HEADER_CRC: u8 = 0x40;
 
@@ -109,16 +113,24 @@ fn covered(packet: &[u8]) -> &[u8] {
 fn crc(flow: &Flow, ip_id: u16, packet: &[u8]) -> u32 {
     // Longer than any datagram: no such packet is ever sent, so any value will do.
     let udp_len = u16::try_from(UDP_HEADER + packet.len() + ICRC_BYTES).unwrap_or(u16::MAX);
-    // Eight bytes of ones stand for the link layer that InfiniBand has.
-    let mut hasher = Hasher::new_with_initial(!0xDEBB_20E3);
+    // All that is short in one run, with room in front of it.
+    let mut run = [0; RUN];
+    let (packet, mut end) = (covered(packet), 16);
+    let mut put = |bytes: &[u8]| {
+        let at = end;
+        end += bytes.len();
+        if let Some(room) = run.get_mut(at..end) {
+            room.copy_from_slice(bytes);
+        }
+        at
+    };
     match flow.addresses {
         Addresses::V4 { src, dst } => {
-            let mut ip = [0; 20];
             let (total, id) = (
                 udp_len.saturating_add(20).to_be_bytes(),
                 ip_id.to_be_bytes(),
             );
-            ip[..12].copy_from_slice(&[
+            put(&[
                 0x45,
                 0xFF, // DSCP and ECN
                 total[0],
@@ -132,34 +144,42 @@ fn crc(flow: &Flow, ip_id: u16, packet: &[u8]) -> u32 {
                 0xFF, // header checksum
                 0xFF,
             ]);
-            ip[12..16].copy_from_slice(&src.octets());
-            ip[16..].copy_from_slice(&dst.octets());
-            hasher.update(&ip);
+            put(&src.octets());
+            put(&dst.octets());
         }
         Addresses::V6 { src, dst } => {
-            let mut ip = [0; 40];
             let len = udp_len.to_be_bytes();
             // Traffic class and flow label, and the hop limit.
-            ip[..8].copy_from_slice(&[0x6F, 0xFF, 0xFF, 0xFF, len[0], len[1], IPPROTO_UDP, 0xFF]);
-            ip[8..24].copy_from_slice(&src.octets());
-            ip[24..].copy_from_slice(&dst.octets());
-            hasher.update(&ip);
+            put(&[0x6F, 0xFF, 0xFF, 0xFF, len[0], len[1], IPPROTO_UDP, 0xFF]);
+            put(&src.octets());
+            put(&dst.octets());
         }
     }
-    let mut head = [0; UDP_HEADER + BTH];
-    head[..2].copy_from_slice(&flow.src_port.to_be_bytes());
-    head[2..4].copy_from_slice(&UDP_PORT.to_be_bytes());
-    head[4..6].copy_from_slice(&udp_len.to_be_bytes());
-    head[6..8].copy_from_slice(&[0xFF; 2]);
-    let packet = covered(packet);
-    let (bth, rest) = packet.split_at(packet.len().min(BTH));
-    let head = &mut head[..UDP_HEADER + bth.len()];
-    head[UDP_HEADER..].copy_from_slice(bth);
+    put(&flow.src_port.to_be_bytes());
+    put(&UDP_PORT.to_be_bytes());
+    put(&udp_len.to_be_bytes());
+    put(&[0xFF; 2]);
+    // Whatever is no longer than headers are, else the base header.
+    let short = if packet.len() > MAX_HEADER_BYTES {
+        BTH
+    } else {
+        packet.len()
+    };
+    let (head, rest) = packet.split_at(short);
+    let at = put(head);
     // FECN, BECN and reserved bits.
-    if let Some(byte) = head.get_mut(UDP_HEADER + 4) {
+    if let Some(byte) = run.get_mut(at + 4).filter(|_| head.len() > 4) {
         *byte = 0xFF;
     }
-    hasher.update(head);
+    // The CRC is begun with what it is after eight bytes of ones, which stand for the link layer
+    // that InfiniBand has. Adding that to the first bytes is the same as to begin with it; and
+    // zeroes in front of them change nothing then, which make whole blocks of 16 bytes.
+    for (byte, state) in run[16..].iter_mut().zip(AFTER_ONES.to_le_bytes()) {
+        *byte ^= state;
+    }
+    let start = end % 16;
+    let mut hasher = Hasher::new_with_initial(!0);
+    hasher.update(run.get(start..end).unwrap_or_default());
     hasher.update(rest);
     hasher.finalize()
 }
