@@ -174,7 +174,7 @@ impl Engine {
         self.sessions.get_mut(session).ok_or(Errno::INVAL)
     }
 
-    fn own_qp(&self, session: Handle, qp: Handle) -> Result<&QpObject, Errno> {
+    pub(crate) fn own_qp(&self, session: Handle, qp: Handle) -> Result<&QpObject, Errno> {
         self.qps
             .get(qp)
             .filter(|q| q.session == session)
@@ -674,7 +674,7 @@ impl Engine {
         }
     }
 
-    fn modify_qp(
+    pub(crate) fn modify_qp(
         &mut self,
         session: Handle,
         qp: Handle,
@@ -715,11 +715,11 @@ impl Engine {
                     let heads = (rings.send_produced(), rings.recv_produced());
                     (q.send_head, q.recv_head) = heads;
                 }
-                self.resume(qp);
+                self.stir(qp);
             }
             QpState::Rtr | QpState::Rts => {
                 self.connect_remote(qp);
-                self.resume(qp);
+                self.stir(qp);
                 // A peer that waits for us need not wait out its timer.
                 if was != change.to
                     && let Some(peer) = self.peer(qp)
@@ -732,7 +732,7 @@ impl Engine {
                 }
             }
             QpState::Sqd if was == QpState::Rts => self.drain(qp),
-            _ => self.resume(qp),
+            _ => self.stir(qp),
         }
         done()
     }

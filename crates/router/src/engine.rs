@@ -116,6 +116,8 @@ pub(crate) struct Engine {
     pub(crate) network: Network,
     pub(crate) cm: Cm,
     hot: Vec<Handle>,
+    /// When the polling thread looks again, if it sleeps; none: when it is woken.
+    pub(crate) sleeps_until: Option<u64>,
     /// Endpoints with queue pairs that have something to do.
     line: VecDeque<Handle>,
     /// When a queue pair's timer fires: at most one of each.
@@ -182,6 +184,7 @@ impl Engine {
             network: Network::default(),
             cm: Cm::new(limits.max_rd_atomic),
             hot: Vec::new(),
+            sleeps_until: None,
             line: VecDeque::new(),
             timers: BTreeSet::new(),
             event_timers: BTreeSet::new(),
@@ -235,6 +238,16 @@ impl Engine {
         } else {
             Polled::Idle
         }
+    }
+
+    /// Whether the polling thread, if it sleeps, has to wake up before its time: after a change that
+    /// was made meanwhile, [`Self::poll`] would find something to do, or something to watch, or a
+    /// timer is due earlier.
+    pub(crate) fn wants_a_round(&self) -> bool {
+        let work = !self.line.is_empty() || !self.hot.is_empty();
+        let ends = !self.leaving.is_empty() || !self.overrun.is_empty() || !self.ending.is_empty();
+        let earlier = |at| self.sleeps_until.is_none_or(|until| at < until);
+        work || ends || self.network.wants_a_round() || self.next_due().is_some_and(earlier)
     }
 
     /// A session's doorbell rang, or it has just begun: watch it.
@@ -323,6 +336,27 @@ impl Engine {
         if let Some(q) = self.qps.get_mut(qp) {
             q.waiting = Waiting::No;
             self.make_ready(qp);
+        }
+    }
+
+    /// As [`Self::resume`], of a queue pair that may have nothing to do.
+    pub(crate) fn stir(&mut self, qp: Handle) {
+        let Some(q) = self.qps.get(qp) else {
+            return;
+        };
+        let posted = || q.rings().is_some_and(|r| r.send_produced() != q.send_head);
+        let busy = q.remote.is_some()
+            || match q.transport.state() {
+                QpState::Reset | QpState::Init | QpState::Rtr => false,
+                QpState::Rts => q.current.is_some() || posted(),
+                QpState::Sqd | QpState::Sqe | QpState::Err => true,
+            };
+        if busy {
+            return self.resume(qp);
+        }
+        self.cancel_timer(qp);
+        if let Some(q) = self.qps.get_mut(qp) {
+            q.waiting = Waiting::No;
         }
     }
 

@@ -198,6 +198,11 @@ impl Network {
         self.fabric.as_ref()?.next_timeout()
     }
 
+    /// Whether its sockets are watched, or have to be for what is still to be sent.
+    pub(crate) fn wants_a_round(&self) -> bool {
+        self.hot || self.fabric.as_ref().is_some_and(Fabric::has_unsent)
+    }
+
     /// The MTU of the virtual devices' port: each packet of so much data goes to every host.
     pub(crate) fn mtu(&self) -> Mtu {
         self.map.mtu

@@ -140,18 +140,20 @@ impl Shared {
             .map_or(now, |bucket| bucket.take(now))
     }
 
-    /// Runs `f` on the engine, at the latest after the polling thread's present round.
+    /// Runs `f` on the engine, at the latest after the polling thread's present round. That thread
+    /// is woken only if `f` left something for it: most control verbs do not.
     pub(crate) fn with<R>(&self, f: impl FnOnce(&mut Engine) -> R) -> R {
         let mut engine = self.engine.lock();
         engine.now = self.now();
         let result = f(&mut engine);
         engine.reap();
         let dead = engine.take_dead();
+        let wanted = engine.wants_a_round();
         MutexGuard::unlock_fair(engine);
         self.bury(dead);
         // SeqCst: the polling thread sets the flag before it looks at the engine for the last
         // time; it saw our change, or we see its flag.
-        if self.asleep.load(Ordering::SeqCst) {
+        if wanted && self.asleep.load(Ordering::SeqCst) {
             self.kick.ring();
         }
         result
@@ -231,6 +233,7 @@ impl Shared {
                     }
                 }
                 Polled::Asleep { until } => {
+                    engine.sleeps_until = until;
                     // SeqCst: see `with`. The engine is still locked: whoever changes it later
                     // finds the flag.
                     self.asleep.store(true, Ordering::SeqCst);
