@@ -1,7 +1,7 @@
 //! Connections by the connection manager, from nothing to nothing.
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use freeflow_client::{
-    CmChannel, CmEventType, CmId, CmParam, CmQp, PortSpace, Qp, QpAttr, QpAttrMask, QpState, QpType,
+    CmChannel, CmEventType, CmId, CmParam, CmQp, CmUp, PortSpace, Qp, QpState, QpType,
 };
 use serde_json::{Value, json};
 
@@ -29,20 +29,19 @@ struct End {
 impl End {
     fn new(device: &Device, id: Arc<CmId>) -> Result<End> {
         let qp = device.create(16)?;
-        let end = End { id, qp };
-        end.bring_to(QpState::Init)?;
-        Ok(end)
+        id.bring_up(&CmUp::new(&qp, QpState::Init))?;
+        Ok(End { id, qp })
     }
 
-    fn bring_to(&self, state: QpState) -> Result<()> {
-        let said = self.id.init_qp_attr(state)?;
-        let attr = QpAttr { state, ..said.attr };
-        Ok(self.qp.modify(&attr, said.mask | QpAttrMask::STATE)?)
+    /// Accepts as `rdma_accept` does, which brings the queue pair up.
+    fn accept(&self, param: Option<CmParam>) -> Result<()> {
+        let up = CmUp::new(&self.qp, QpState::Rts);
+        Ok(self.id.accept_with(param, &up)?)
     }
 
-    fn ready(&self) -> Result<()> {
-        self.bring_to(QpState::Rtr)?;
-        self.bring_to(QpState::Rts)
+    /// Ends the connection as `rdma_disconnect` does, which ends the queue pair too.
+    fn disconnect(&self) -> Result<()> {
+        Ok(self.id.disconnect_with(&self.qp)?)
     }
 
     fn param(&self) -> CmParam {
@@ -88,13 +87,12 @@ pub(crate) fn serve() -> Result<Value> {
             (CmEventType::ConnectRequest, Some(id)) => {
                 let user = id.user();
                 let end = End::new(&device, id)?;
-                end.ready()?;
-                end.id.accept(Some(end.param()))?;
+                end.accept(Some(end.param()))?;
                 ends.insert(user, end);
             }
             (CmEventType::Disconnected, None) => {
                 if let Some(end) = ends.remove(&report.id.user()) {
-                    end.id.disconnect()?;
+                    end.disconnect()?;
                     end.end()?;
                 }
             }
@@ -119,6 +117,61 @@ pub(crate) fn connections() -> Result<Value> {
     let _ = server.kill();
     let _ = server.wait();
     result
+}
+
+/// Keeps connections of this process with itself, until standard input ends.
+pub(crate) fn idle(connections: u32) -> Result<Value> {
+    let device = Device::open()?;
+    let channel = CmChannel::create()?;
+    let listener = channel.create_id(PortSpace::Tcp, QpType::Rc, 0)?;
+    listener.bind(own_address(&device)?)?;
+    let to = listener.listen(0)?.src;
+    let mut next = 0;
+    let mut begin = || -> Result<Arc<CmId>> {
+        next += 1;
+        let id = channel.create_id(PortSpace::Tcp, QpType::Rc, next)?;
+        id.resolve_addr(None, to, TIMEOUT_MS)?;
+        Ok(id)
+    };
+    let mut ids = HashMap::new();
+    let mut ends: HashMap<usize, End> = HashMap::new();
+    let mut accepting = connections as usize;
+    let (mut begun, mut done) = (0, 0);
+    while done < connections {
+        while begun < connections && begun - done < AT_ONCE as u32 {
+            let id = begin()?;
+            ids.insert(id.user(), id);
+            begun += 1;
+        }
+        let report = channel.get_event(|_, _| {
+            accepting += 1;
+            accepting
+        })?;
+        report.acknowledge();
+        let user = report.id.user();
+        match (report.event.event, report.new_id) {
+            (CmEventType::AddrResolved, _) => report.id.resolve_route(TIMEOUT_MS)?,
+            (CmEventType::RouteResolved, _) => {
+                let end = End::new(&device, ids.remove(&user).context("no such id")?)?;
+                end.id.connect(end.param())?;
+                ends.insert(user, end);
+            }
+            (CmEventType::ConnectRequest, Some(id)) => {
+                let user = id.user();
+                let end = End::new(&device, id)?;
+                end.accept(Some(end.param()))?;
+                ends.insert(user, end);
+            }
+            (CmEventType::ConnectResponse, _) => {
+                ends.get(&user).context("no such id")?.accept(None)?;
+            }
+            (CmEventType::Established, _) => done += 1,
+            (other, _) => bail!("{other:?}, status {}", report.event.status),
+        }
+    }
+    println!("ready");
+    std::io::stdin().read_to_end(&mut Vec::new())?;
+    Ok(json!({ "connections": done, "queue_pairs": ends.len() }))
 }
 
 fn connect_to(server: impl std::io::Read) -> Result<Value> {
@@ -154,9 +207,8 @@ fn connect_to(server: impl std::io::Read) -> Result<Value> {
             }
             CmEventType::ConnectResponse => {
                 let end = ends.get(&user).context("no such id")?;
-                end.ready()?;
-                end.id.accept(None)?;
-                end.id.disconnect()?;
+                end.accept(None)?;
+                end.disconnect()?;
             }
             CmEventType::Disconnected => {
                 ends.remove(&user).context("no such id")?.end()?;

@@ -33,6 +33,11 @@ enum Measure {
     Flood,
     /// Connections made, accepted and ended by the connection manager, per second
     Cm,
+    /// Keeps connections of the connection manager, idle, until standard input ends
+    CmIdle {
+        /// Connections of this process with itself
+        connections: u32,
+    },
     /// The other side of `cm`
     #[command(hide = true)]
     CmServer,
@@ -62,6 +67,7 @@ fn main() -> Result<()> {
         Measure::Verbs => control::verbs()?,
         Measure::Flood => control::flood()?,
         Measure::Cm => cm::connections()?,
+        Measure::CmIdle { connections } => cm::idle(connections)?,
         Measure::CmServer => cm::serve()?,
         Measure::Rate { idle } => queue::rate(idle)?,
         Measure::Idle { qps, mrs } => queue::idle(qps, mrs)?,

@@ -7,16 +7,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use freeflow_session::{
-    CmDetail, CmEvent, CmEventType, CmIdInfo, CmOption, CmParam, CmQpAttr, CmRequest, Handle,
-    PortSpace, Reply, Request,
+    CmBringUp, CmDetail, CmEvent, CmEventType, CmIdInfo, CmOption, CmParam, CmQpAttr, CmRequest,
+    Handle, PortSpace, Reply, Request,
 };
 use freeflow_shm::recv_packet_interruptible;
-use freeflow_types::{AsyncEventType, QpState, QpType};
+use freeflow_types::{AsyncEventType, QpAttr, QpAttrMask, QpState, QpType};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
 use crate::acks::Acks;
 use crate::context::Context;
+use crate::qp::Qp;
 use crate::session::{Session, created, unpoisoned};
 
 /// An event channel.
@@ -47,6 +48,42 @@ pub struct CmId {
     /// Whether it is bound to the device, and that this is gone has not been reported.
     on_device: AtomicBool,
     groups: Mutex<HashMap<u64, Arc<CmGroup>>>,
+}
+
+/// To what a queue pair is brought for an id, with the attributes that [`CmId::init_qp_attr`]
+/// says; what is here goes before them.
+#[derive(Clone, Copy, Debug)]
+pub struct CmUp<'a> {
+    /// The queue pair.
+    pub qp: &'a Qp,
+    /// INIT, RTR or RTS.
+    pub state: QpState,
+    /// READs and atomics that it takes at a time.
+    pub max_dest_rd_atomic: Option<u8>,
+    /// READs and atomics that it has under way.
+    pub max_rd_atomic: Option<u8>,
+}
+
+impl<'a> CmUp<'a> {
+    /// As the connection manager says.
+    pub fn new(qp: &'a Qp, state: QpState) -> Self {
+        CmUp {
+            qp,
+            state,
+            max_dest_rd_atomic: None,
+            max_rd_atomic: None,
+        }
+    }
+
+    /// For the router; none of a queue pair that is shared with other processes.
+    fn said(&self) -> Option<CmBringUp> {
+        Some(CmBringUp {
+            qp: self.qp.handle()?,
+            state: self.state,
+            max_dest_rd_atomic: self.max_dest_rd_atomic,
+            max_rd_atomic: self.max_rd_atomic,
+        })
+    }
 }
 
 /// A multicast group that an id has joined or is about to.
@@ -398,7 +435,24 @@ impl CmId {
     /// (`rdma_establish(3)`).
     pub fn accept(&self, param: Option<CmParam>) -> Result<(), Errno> {
         let id = self.handle;
-        self.tell(CmRequest::Accept { id, param })
+        let up = None;
+        self.tell(CmRequest::Accept { id, param, up })
+    }
+
+    /// As [`Self::accept`]; first brings a queue pair up, as [`Self::bring_up`].
+    pub fn accept_with(&self, param: Option<CmParam>, up: &CmUp<'_>) -> Result<(), Errno> {
+        let id = self.handle;
+        let Some(said) = up.said() else {
+            self.bring_up(up)?;
+            return self.accept(param);
+        };
+        let up_first = Some(said);
+        let request = CmRequest::Accept {
+            id,
+            param,
+            up: up_first,
+        };
+        up.qp.follow(up.state, self.tell(request))
     }
 
     /// Rejects a request or a reply (`rdma_reject(3)`).
@@ -413,8 +467,24 @@ impl CmId {
 
     /// Ends a connection, or answers that the other side ended it (`rdma_disconnect(3)`).
     pub fn disconnect(&self) -> Result<(), Errno> {
+        let (id, fail) = (self.handle, None);
+        self.tell(CmRequest::Disconnect { id, fail })
+    }
+
+    /// As [`Self::disconnect`]; first moves a queue pair to ERR.
+    pub fn disconnect_with(&self, qp: &Qp) -> Result<(), Errno> {
+        let fail = qp.handle();
+        if fail.is_none() {
+            let attr = QpAttr {
+                state: QpState::Err,
+                ..QpAttr::default()
+            };
+            qp.modify(&attr, QpAttrMask::STATE)?;
+            return self.disconnect();
+        }
         let id = self.handle;
-        self.tell(CmRequest::Disconnect { id })
+        let told = self.tell(CmRequest::Disconnect { id, fail });
+        qp.follow(QpState::Err, told)
     }
 
     /// Tells of an event of its queue pair (`rdma_notify(3)`).
@@ -430,6 +500,26 @@ impl CmId {
             Reply::CmQpAttr(attr) => Ok(*attr),
             _ => Err(Errno::PROTO),
         }
+    }
+
+    /// Brings a queue pair to a state, through those before it. If that fails, it may have got to
+    /// one on the way.
+    pub fn bring_up(&self, up: &CmUp<'_>) -> Result<(), Errno> {
+        if let Some(said) = up.said() {
+            let id = self.handle;
+            let told = self.tell(CmRequest::BringUp { id, up: said });
+            return up.qp.follow(up.state, told);
+        }
+        for state in [QpState::Init, QpState::Rtr, QpState::Rts] {
+            let CmQpAttr { mut attr, mask } = self.init_qp_attr(state)?;
+            attr.max_dest_rd_atomic = up.max_dest_rd_atomic.unwrap_or(attr.max_dest_rd_atomic);
+            attr.max_rd_atomic = up.max_rd_atomic.unwrap_or(attr.max_rd_atomic);
+            up.qp.modify(&attr, mask)?;
+            if state == up.state {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Sets an option (`rdma_set_option(3)`).

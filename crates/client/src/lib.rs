@@ -27,7 +27,7 @@ mod xrc;
 
 pub use buf::Buf;
 pub use channel::CompChannel;
-pub use cm::{CmChannel, CmGroup, CmId, CmReport, cm_device};
+pub use cm::{CmChannel, CmGroup, CmId, CmReport, CmUp, cm_device};
 pub use context::{AsyncEvent, Context, Element, Pd, device};
 pub use cq::{Completion, Cq};
 pub use dm::Dm;

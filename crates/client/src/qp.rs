@@ -307,6 +307,20 @@ impl Qp {
         Ok(())
     }
 
+    /// The router's name for it; none of an opening, which has another kind of name.
+    pub(crate) fn handle(&self) -> Option<Handle> {
+        Some(self.queues().ok()?.handle)
+    }
+
+    /// The router was asked for something that brings it to a state: after a refusal, how far it got.
+    pub(crate) fn follow(&self, to: QpState, told: Result<(), Errno>) -> Result<(), Errno> {
+        match told {
+            Ok(()) => self.set_state(to),
+            Err(_) => drop(self.query()),
+        }
+        told
+    }
+
     /// All attributes as they are (`ibv_query_qp(3)`).
     pub fn query(&self) -> Result<QpAttr, Errno> {
         let request = match &self.own {

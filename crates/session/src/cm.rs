@@ -79,6 +79,20 @@ pub enum CmOption {
     AckTimeout(u8),
 }
 
+/// A queue pair is brought to a state through those before it, with the attributes that
+/// [`CmRequest::InitQpAttr`] says; what is here goes before them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct CmBringUp {
+    /// The queue pair.
+    pub qp: Handle,
+    /// The state: INIT, RTR or RTS.
+    pub state: QpState,
+    /// READs and atomics that it takes at a time.
+    pub max_dest_rd_atomic: Option<u8>,
+    /// READs and atomics that it has under way.
+    pub max_rd_atomic: Option<u8>,
+}
+
 /// A request about the connection manager.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum CmRequest {
@@ -167,6 +181,8 @@ pub enum CmRequest {
         id: Handle,
         /// With what; of a reply it is not needed.
         param: Option<CmParam>,
+        /// What is done first, as by [`CmRequest::BringUp`].
+        up: Option<CmBringUp>,
     },
     /// Rejects a request or a reply. [`crate::Reply::Done`].
     Reject {
@@ -181,6 +197,8 @@ pub enum CmRequest {
     Disconnect {
         /// The id.
         id: Handle,
+        /// A queue pair that goes to ERR first.
+        fail: Option<Handle>,
     },
     /// Tells of an event of the id's queue pair; [`freeflow_types::AsyncEventType::CommEst`]
     /// counts as the last message of the hand-shake. [`crate::Reply::Done`].
@@ -196,6 +214,14 @@ pub enum CmRequest {
         id: Handle,
         /// The state: INIT, RTR or RTS.
         state: QpState,
+    },
+    /// Brings a queue pair up; if that fails, it may have got to a state on the way.
+    /// [`crate::Reply::Done`].
+    BringUp {
+        /// The id.
+        id: Handle,
+        /// The queue pair.
+        up: CmBringUp,
     },
     /// Sets an option. [`crate::Reply::Done`].
     SetOption {

@@ -19,8 +19,8 @@ mod message;
 mod srq;
 
 pub use cm::{
-    CmDetail, CmEvent, CmEventType, CmIdInfo, CmOption, CmParam, CmPort, CmQp, CmQpAttr, CmRequest,
-    MAX_PRIVATE_DATA, PortSpace,
+    CmBringUp, CmDetail, CmEvent, CmEventType, CmIdInfo, CmOption, CmParam, CmPort, CmQp, CmQpAttr,
+    CmRequest, MAX_PRIVATE_DATA, PortSpace,
 };
 pub use codec::{DecodeError, decode_reply, decode_request, encode_reply, encode_request};
 pub use event::Event;
@@ -38,7 +38,7 @@ pub use srq::{
 };
 
 /// Version of the protocol; a router serves the version it names in [`Welcome`] alone.
-pub const PROTOCOL_VERSION: u16 = 2;
+pub const PROTOCOL_VERSION: u16 = 3;
 
 /// Largest encoded message, either way.
 pub const MAX_MESSAGE_BYTES: usize = 64 * 1024;

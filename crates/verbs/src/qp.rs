@@ -253,6 +253,24 @@ pub(crate) unsafe fn modify(qp: *mut ibv_qp, attr: &QpAttr, mask: QpAttrMask) ->
     Ok(())
 }
 
+/// Has the connection manager do something to a queue pair, and shows its state since.
+///
+/// # Safety
+///
+/// A live queue pair.
+pub(crate) unsafe fn follow(
+    qp: *mut ibv_qp,
+    work: impl FnOnce(&freeflow_client::Qp) -> Result<(), Errno>,
+) -> Result<(), Errno> {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        let client = &ibv_qp::object(qp).client;
+        let done = work(client);
+        (*qp).state = client.state().raw();
+        done
+    }
+}
+
 /// The attributes as C has them.
 pub(crate) fn c_attributes(attr: &QpAttr) -> ibv_qp_attr {
     ibv_qp_attr {

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use arbitrary::{Result, Unstructured};
-use freeflow_session::{CmOption, CmParam, CmQp, CmRequest, Handle, PortSpace};
+use freeflow_session::{CmBringUp, CmOption, CmParam, CmQp, CmRequest, Handle, PortSpace};
 use freeflow_types::{AsyncEventType, QpState, QpType, Qpn};
 
 fn space(u: &mut Unstructured<'_>) -> Result<PortSpace> {
@@ -54,6 +54,15 @@ pub(crate) fn param(u: &mut Unstructured<'_>) -> Result<CmParam> {
     })
 }
 
+fn bring_up(qp: Handle, u: &mut Unstructured<'_>) -> Result<CmBringUp> {
+    Ok(CmBringUp {
+        qp,
+        state: *u.choose(&[QpState::Init, QpState::Rtr, QpState::Rts, QpState::Err])?,
+        max_dest_rd_atomic: u.arbitrary()?,
+        max_rd_atomic: u.arbitrary()?,
+    })
+}
+
 /// A request. `handle` gives a channel's, an id's, or any other.
 pub(crate) fn request<'u>(
     u: &mut Unstructured<'u>,
@@ -61,7 +70,7 @@ pub(crate) fn request<'u>(
     handle: impl Fn(&mut Unstructured<'u>) -> Result<Handle>,
 ) -> Result<CmRequest> {
     let timeout_ms = 1000;
-    Ok(match u.int_in_range(0..=27)? {
+    Ok(match u.int_in_range(0..=28)? {
         0 => CmRequest::CreateChannel,
         1 => CmRequest::DestroyChannel {
             channel: handle(u)?,
@@ -109,13 +118,25 @@ pub(crate) fn request<'u>(
             } else {
                 None
             },
+            up: if u.arbitrary()? {
+                Some(bring_up(handle(u)?, u)?)
+            } else {
+                None
+            },
         },
         22 => CmRequest::Reject {
             id: handle(u)?,
             private_data: Vec::new(),
             for_ece: u.arbitrary()?,
         },
-        23 => CmRequest::Disconnect { id: handle(u)? },
+        23 => CmRequest::Disconnect {
+            id: handle(u)?,
+            fail: if u.arbitrary()? {
+                Some(handle(u)?)
+            } else {
+                None
+            },
+        },
         24 => CmRequest::InitQpAttr {
             id: handle(u)?,
             state: *u.choose(&[QpState::Init, QpState::Rtr, QpState::Rts, QpState::Err])?,
@@ -128,6 +149,10 @@ pub(crate) fn request<'u>(
                 CmOption::AfOnly(true),
                 CmOption::AckTimeout(31),
             ])?,
+        },
+        27 => CmRequest::BringUp {
+            id: handle(u)?,
+            up: bring_up(handle(u)?, u)?,
         },
         26 => CmRequest::Notify {
             id: handle(u)?,

@@ -189,9 +189,9 @@ impl World {
             }
             CmRequest::ResolveRoute { id, .. } => m.resolve_route(id),
             CmRequest::Connect { id, param } => m.connect(now, now, id, &param),
-            CmRequest::Accept { id, param } => m.accept(now, id, param.as_ref()),
+            CmRequest::Accept { id, param, .. } => m.accept(now, id, param.as_ref()),
             CmRequest::Reject { id, for_ece, .. } => m.reject(now, id, &[], for_ece),
-            CmRequest::Disconnect { id } => m.disconnect(now, id),
+            CmRequest::Disconnect { id, .. } => m.disconnect(now, id),
             CmRequest::Notify { id, event } => m.notify(id, event),
             CmRequest::SetOption { id, option } => m.set_option(id, option),
             CmRequest::InitQpAttr { id, state } => m.init_qp_attr(id, state).map(|_| ()),

@@ -10,7 +10,7 @@ use freeflow_transport::{Datagrams, Destination, Work};
 use freeflow_types::{Mtu, Opcode, QpState, QpType};
 use freeflow_wire::cm::{QKEY, QPN};
 
-use super::programs::{A, B, PORT, Program, SECOND, address, gid, param, program};
+use super::programs::{A, B, PORT, Program, SECOND, address, disconnect, gid, param, program};
 use crate::remote::{Drops, Map};
 use crate::testbed::Host;
 use crate::{EndReason, Hosts};
@@ -138,12 +138,12 @@ fn programs_of_two_hosts_connect_and_disconnect() {
         assert_eq!((ra.dest_qpn, ra.av.dgid), (0x222, gid(B)));
         assert_eq!((rb.dest_qpn, rb.av.dgid), (0x111, gid(A)));
         assert_eq!(ra.path_mtu, rb.path_mtu);
-        a.done(here, CmRequest::Disconnect { id });
+        a.done(here, disconnect(id));
     }
     pair.carry();
     let ([here, there], [a, b]) = (&mut pair.hosts, &pair.programs);
     b.expect(there, Kind::Disconnected, 0);
-    b.done(there, CmRequest::Disconnect { id: peer });
+    b.done(there, disconnect(peer));
     a.quiet(here);
     pair.carry();
     let ([here, _], [a, _]) = (&mut pair.hosts, &pair.programs);
@@ -164,7 +164,7 @@ fn a_process_that_dies_is_told_of_on_the_other_host() {
     pair.carry();
     let ([here, _], [a, _]) = (&mut pair.hosts, &pair.programs);
     let id = a.expect(here, Kind::Disconnected, 0).id;
-    a.done(here, CmRequest::Disconnect { id });
+    a.done(here, disconnect(id));
     pair.carry();
     pair.later(5 * SECOND);
     assert_eq!(pair.hosts[1].engine.cm.manager.connections(), 0);
@@ -181,7 +181,7 @@ fn who_disconnects_from_an_endpoint_that_is_gone_is_answered() {
     // What it said in the end is lost.
     there.engine.cm.abroad.take();
     let a = &pair.programs[0];
-    a.done(here, CmRequest::Disconnect { id });
+    a.done(here, disconnect(id));
     for one in here.engine.cm.abroad.take() {
         let drops = give(there, HERE, &one.payload, QKEY);
         assert_eq!(drops.unknown_qp, 1);
@@ -223,7 +223,7 @@ fn a_host_that_dies_is_found_out() {
     let ([here, _], [a, _]) = (&mut pair.hosts, &pair.programs);
     let waiting = a.routed(here, PortSpace::Tcp, B);
     a.connect(here, waiting, param(3, b""));
-    a.done(here, CmRequest::Disconnect { id });
+    a.done(here, disconnect(id));
     let start = here.now;
     let mut told = Vec::new();
     while let Some(due) = here.engine.cm.next_timeout() {

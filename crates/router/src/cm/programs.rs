@@ -179,12 +179,13 @@ impl Program {
     }
 
     pub(super) fn accept(&self, host: &mut Host, id: Handle, param: CmParam) {
-        let param = Some(param);
-        self.done(host, CmRequest::Accept { id, param });
+        let (param, up) = (Some(param), None);
+        self.done(host, CmRequest::Accept { id, param, up });
     }
 
     pub(super) fn finish(&self, host: &mut Host, id: Handle) {
-        self.done(host, CmRequest::Accept { id, param: None });
+        let (param, up) = (None, None);
+        self.done(host, CmRequest::Accept { id, param, up });
     }
 
     pub(super) fn destroy(&self, host: &mut Host, id: Handle) -> u32 {
@@ -223,6 +224,10 @@ impl Program {
         let cq = host.cq(&self.process);
         host.qp(&self.process, QpType::Rc, (cq, Some(cq)), None)
     }
+}
+
+pub(super) fn disconnect(id: Handle) -> CmRequest {
+    CmRequest::Disconnect { id, fail: None }
 }
 
 pub(super) fn resolve(id: Handle, to: &str) -> CmRequest {

@@ -4,9 +4,9 @@ use std::net::SocketAddr;
 
 use freeflow_cm::{Port, Refused};
 use freeflow_policy::Resource;
-use freeflow_session::{CmRequest, Handle, Reply};
+use freeflow_session::{CmBringUp, CmRequest, Handle, Reply};
 use freeflow_shm::event_pair;
-use freeflow_types::Qpn;
+use freeflow_types::{QpAttr, QpAttrMask, QpState, QpType, Qpn};
 use rustix::io::Errno;
 
 use super::{CmChannel, CmId, Membership, entropy};
@@ -25,6 +25,13 @@ const MAX_GROUPS: usize = 1024;
 
 fn errno(refused: Refused) -> Errno {
     Errno::from_raw_os_error(refused.errno())
+}
+
+fn in_state(state: QpState) -> QpAttr {
+    QpAttr {
+        state,
+        ..QpAttr::default()
+    }
 }
 
 fn reply(reply: Reply) -> Outcome {
@@ -107,17 +114,32 @@ impl Engine {
                 let at = self.may_connect(session)?;
                 self.cm.manager.connect(now, at, id, &param)
             }
-            CmRequest::Accept { id, param } => manager.accept(now, id, param.as_ref()),
+            CmRequest::Accept { id, param, up } => {
+                if let Some(up) = up {
+                    self.bring_up(session, id, &up)?;
+                }
+                self.cm.manager.accept(now, id, param.as_ref())
+            }
             CmRequest::Reject {
                 id,
                 private_data,
                 for_ece,
             } => manager.reject(now, id, &private_data, for_ece),
-            CmRequest::Disconnect { id } => manager.disconnect(now, id),
+            CmRequest::Disconnect { id, fail } => {
+                if let Some(qp) = fail {
+                    let attr = in_state(QpState::Err);
+                    self.modify_qp(session, qp, &attr, QpAttrMask::STATE)?;
+                }
+                self.cm.manager.disconnect(now, id)
+            }
             CmRequest::Notify { id, event } => manager.notify(id, event),
             CmRequest::InitQpAttr { id, state } => {
                 let attr = manager.init_qp_attr(id, state).map_err(errno)?;
                 return reply(Reply::CmQpAttr(Box::new(attr)));
+            }
+            CmRequest::BringUp { id, up } => {
+                self.bring_up(session, id, &up)?;
+                Ok(())
             }
             CmRequest::SetOption { id, option } => manager.set_option(id, option),
             CmRequest::Join {
@@ -202,6 +224,30 @@ impl Engine {
         done()
     }
 
+    /// Brings a session's queue pair up for an id. INIT comes first in any case: what peers may do
+    /// there is known only once there is a connection.
+    fn bring_up(&mut self, session: Handle, id: Handle, up: &CmBringUp) -> Result<(), Errno> {
+        let all = [QpState::Init, QpState::Rtr, QpState::Rts];
+        let last = all.iter().position(|&state| state == up.state);
+        let datagrams = self.own_qp(session, up.qp)?.qp_type == QpType::Ud;
+        for &state in all.iter().take(last.ok_or(Errno::INVAL)? + 1) {
+            let (mut attr, mask) = match state {
+                QpState::Rtr if datagrams => (in_state(state), QpAttrMask::STATE),
+                QpState::Rts if datagrams => {
+                    (in_state(state), QpAttrMask::STATE | QpAttrMask::SQ_PSN)
+                }
+                _ => {
+                    let said = self.cm.manager.init_qp_attr(id, state).map_err(errno)?;
+                    (said.attr, said.mask)
+                }
+            };
+            attr.max_dest_rd_atomic = up.max_dest_rd_atomic.unwrap_or(attr.max_dest_rd_atomic);
+            attr.max_rd_atomic = up.max_rd_atomic.unwrap_or(attr.max_rd_atomic);
+            self.modify_qp(session, up.qp, &attr, mask)?;
+        }
+        Ok(())
+    }
+
     /// Whether a session may connect an id with a queue pair. By the host's own address, which
     /// endpoints share, its peer tells connections apart by that number alone: EINVAL, if it is
     /// another endpoint's.
@@ -246,9 +292,10 @@ fn own(request: &CmRequest) -> Option<Handle> {
         | CmRequest::Connect { id, .. }
         | CmRequest::Accept { id, .. }
         | CmRequest::Reject { id, .. }
-        | CmRequest::Disconnect { id }
+        | CmRequest::Disconnect { id, .. }
         | CmRequest::Notify { id, .. }
         | CmRequest::InitQpAttr { id, .. }
+        | CmRequest::BringUp { id, .. }
         | CmRequest::SetOption { id, .. }
         | CmRequest::Join { id, .. }
         | CmRequest::Leave { id, .. }

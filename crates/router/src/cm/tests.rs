@@ -1,16 +1,23 @@
 //! Programs of two endpoints and the connection manager between them, in virtual time.
 
 use freeflow_session::{
-    CmDetail, CmEventType as Kind, CmOption, CmParam, CmRequest, PortSpace, Reply,
+    CmBringUp, CmDetail, CmEventType as Kind, CmOption, CmParam, CmRequest, PortSpace, Reply,
+    Request,
 };
 use freeflow_types::{Access, AsyncEventType, QpAttrMask as Mask, QpState, QpType, Qpn, VirtualIp};
 use rustix::io::Errno;
 
 use super::programs::{
-    A, B, PORT, Program, SECOND, address, channel, connected, gid, param, program, resolve, two,
+    A, B, PORT, Program, SECOND, address, channel, connected, disconnect, gid, param, program,
+    resolve, two,
 };
 use crate::EndReason;
-use crate::testbed::Host;
+use crate::engine::Polled;
+use crate::testbed::{Host, Made};
+
+fn invalid(got: Result<Reply, Errno>) {
+    assert_eq!(got, Err(Errno::INVAL));
+}
 
 #[test]
 fn two_programs_connect_and_disconnect() {
@@ -98,10 +105,10 @@ fn two_programs_connect_and_disconnect() {
     a.quiet(host);
     b.expect(host, Kind::Established, 0);
     // The end: both hear of it, and of the end of the time to wait.
-    a.done(host, CmRequest::Disconnect { id });
+    a.done(host, disconnect(id));
     a.quiet(host);
     b.expect(host, Kind::Disconnected, 0);
-    b.done(host, CmRequest::Disconnect { id: peer });
+    b.done(host, disconnect(peer));
     a.expect(host, Kind::Disconnected, 0);
     for p in [&a, &b] {
         p.quiet(host);
@@ -123,7 +130,6 @@ fn two_programs_connect_and_disconnect() {
 fn ids_are_refused_what_their_state_does_not_allow() {
     let (mut host, a, b) = two();
     let host = &mut host;
-    let invalid = |got: Result<Reply, Errno>| assert_eq!(got, Err(Errno::INVAL));
     let id = a.id(host, PortSpace::Tcp);
     let timeout_ms = 1;
     invalid(a.ask(host, CmRequest::ResolveRoute { id, timeout_ms }));
@@ -138,9 +144,10 @@ fn ids_are_refused_what_their_state_does_not_allow() {
     let accept = CmRequest::Accept {
         id,
         param: Some(p.clone()),
+        up: None,
     };
     invalid(a.ask(host, accept));
-    invalid(a.ask(host, CmRequest::Disconnect { id }));
+    invalid(a.ask(host, disconnect(id)));
     assert_eq!(a.attr(host, id, QpState::Init), Err(Errno::INVAL));
     // Another session's ids and channels are none.
     invalid(b.ask(host, CmRequest::QueryId { id }));
@@ -298,6 +305,7 @@ fn who_does_not_want_a_connection_says_why() {
     let late = CmRequest::Accept {
         id: peer,
         param: Some(param(2, b"")),
+        up: None,
     };
     assert_eq!(b.ask(host, late), Err(Errno::INVAL));
     b.quiet(host);
@@ -359,7 +367,7 @@ fn the_death_of_a_process_is_told() {
     let again = a.routed(host, PortSpace::Tcp, B);
     a.connect(host, again, param(6, b""));
     a.expect(host, Kind::Rejected, 8);
-    a.done(host, CmRequest::Disconnect { id });
+    a.done(host, disconnect(id));
     for id in [id, waiting, again] {
         a.destroy(host, id);
     }
@@ -541,7 +549,7 @@ fn a_request_that_was_not_taken_is_not_the_programs() {
         assert_eq!(b.ask(host, request), Err(Errno::INVAL));
     }
     // The other side gives up: that too moves with the listener.
-    a.done(host, CmRequest::Disconnect { id });
+    a.done(host, disconnect(id));
     a.destroy(host, id);
     let (channel, packets) = self::channel(host, b.process.session);
     let request = CmRequest::MigrateId {
@@ -666,4 +674,98 @@ fn many_may_share_a_port_but_not_without_end() {
         bind(host).unwrap();
     }
     assert_eq!(bind(host), Err(Errno::ADDRNOTAVAIL));
+}
+
+/// The state of a queue pair, and whose it says the other is.
+fn queue_pair(host: &mut Host, of: &Program, qp: Made) -> (QpState, u32) {
+    match host.ask(of.process.session, Request::QueryQp { qp: qp.handle }) {
+        Ok(Reply::QpQueried(now)) => (now.attr.state, now.attr.dest_qpn),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn who_answers_has_its_queue_pair_brought_up_with_it() {
+    let (mut host, a, b) = two();
+    let host = &mut host;
+    let (qa, qb) = (a.qp(host), b.qp(host));
+    let up = |qp: Made, state| CmBringUp {
+        qp: qp.handle,
+        state,
+        max_dest_rd_atomic: None,
+        max_rd_atomic: Some(1),
+    };
+    b.listener(host, PortSpace::Tcp, B, 0);
+    let id = a.routed(host, PortSpace::Tcp, B);
+    let bring = |up| CmRequest::BringUp { id, up };
+    invalid(a.ask(host, bring(up(qb, QpState::Init))));
+    a.done(host, bring(up(qa, QpState::Init)));
+    // There is nobody yet whom it could receive from.
+    invalid(a.ask(host, bring(up(qa, QpState::Rtr))));
+    assert_eq!(queue_pair(host, &a, qa).0, QpState::Init);
+    invalid(a.ask(host, bring(up(qa, QpState::Err))));
+
+    a.connect(host, id, param(qa.qpn, b""));
+    let peer = b.expect(host, Kind::ConnectRequest, 0).new_id.unwrap();
+    let accept = |id, qp: Option<u32>, up| CmRequest::Accept {
+        id,
+        param: qp.map(|qpn| param(qpn, b"")),
+        up,
+    };
+    // With a queue pair that is not its own, or in a state that there is not, nothing is accepted.
+    for other in [up(qa, QpState::Rts), up(qb, QpState::Sqd)] {
+        invalid(b.ask(host, accept(peer, Some(qb.qpn), Some(other))));
+    }
+    let rts = Some(up(qb, QpState::Rts));
+    b.done(host, accept(peer, Some(qb.qpn), rts));
+    a.expect(host, Kind::ConnectResponse, 0);
+    a.done(host, accept(id, None, Some(up(qa, QpState::Rts))));
+    b.expect(host, Kind::Established, 0);
+    assert_eq!(queue_pair(host, &a, qa), (QpState::Rts, qb.qpn));
+    assert_eq!(queue_pair(host, &b, qb), (QpState::Rts, qa.qpn));
+    // Once more is refused, and harms nobody.
+    invalid(b.ask(host, accept(peer, Some(qb.qpn), rts)));
+    assert_eq!(queue_pair(host, &b, qb).0, QpState::Rts);
+
+    let end = |id, qp: Made| CmRequest::Disconnect {
+        id,
+        fail: Some(qp.handle),
+    };
+    invalid(b.ask(host, end(peer, qa)));
+    a.done(host, end(id, qa));
+    b.expect(host, Kind::Disconnected, 0);
+    assert_eq!(queue_pair(host, &a, qa).0, QpState::Err);
+    assert_eq!(queue_pair(host, &b, qb).0, QpState::Rts);
+    b.done(host, end(peer, qb));
+    assert_eq!(queue_pair(host, &b, qb).0, QpState::Err);
+}
+
+#[test]
+fn a_polling_thread_that_sleeps_is_not_woken_for_what_is_done() {
+    let (mut host, a, b) = two();
+    let host = &mut host;
+    b.listener(host, PortSpace::Tcp, B, 0);
+    let sleep = |host: &mut Host| {
+        let until = (0..100).find_map(|_| {
+            host.now += SECOND / 1000;
+            match host.round() {
+                Polled::Asleep { until } => Some(until),
+                _ => None,
+            }
+        });
+        host.engine.sleeps_until = until.expect("it sleeps when there is nothing to do");
+    };
+    sleep(host);
+    let id = a.routed(host, PortSpace::Tcp, B);
+    let qp = a.qp(host);
+    a.modify(host, id, qp, QpState::Init);
+    assert!(!host.engine.wants_a_round());
+    // A request waits for its answer, and has a timer.
+    a.connect(host, id, param(qp.qpn, b""));
+    assert!(host.engine.wants_a_round());
+    sleep(host);
+    assert!(!host.engine.wants_a_round());
+    a.destroy(host, id);
+    host.engine.wake(a.process.session);
+    assert!(host.engine.wants_a_round());
 }

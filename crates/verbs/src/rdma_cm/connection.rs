@@ -3,7 +3,7 @@
 use core::ffi::{c_int, c_uint, c_void};
 
 use freeflow_abi::*;
-use freeflow_client::{AsyncEventType, CmParam, CmQp, Errno, QpType, Qpn};
+use freeflow_client::{AsyncEventType, CmParam, CmQp, Errno, QpState, QpType, Qpn};
 
 use super::event::{complete, respond};
 use super::{State, address, client, queues, state};
@@ -213,17 +213,19 @@ unsafe fn answer(id: *mut rdma_cm_id, param: Option<&rdma_conn_param>) -> Result
             (told, state.responder_resources, state.initiator_depth)
         };
         let connects = (*id).qp_type != IBV_QPT_UD;
-        if connects {
-            queues::ready_to_receive(id, resources)?;
-            queues::ready_to_send(id, depth)?;
+        if !connects {
+            return client(id).accept(Some(told));
         }
-        if let Err(errno) = client(id).accept(Some(told)) {
-            if connects {
+        let before = queues::state(id);
+        if let Err(errno) = queues::accept(id, Some(told), (resources, depth)) {
+            // It was brought up now, and not by an earlier call, for nothing.
+            let up = Some(QpState::Rts.raw());
+            if queues::state(id) == up && before != up {
                 let _ = queues::fail(id);
             }
             return Err(errno);
         }
-        if connects { complete(id) } else { Ok(()) }
+        complete(id)
     }
 }
 
@@ -272,9 +274,7 @@ pub(crate) unsafe extern "C" fn disconnect(id: *mut rdma_cm_id) -> c_int {
         if (*id).verbs.is_null() {
             Err(Errno::INVAL)
         } else {
-            queues::fail(id)
-                .and_then(|()| client(id).disconnect())
-                .and_then(|()| complete(id))
+            queues::disconnect(id).and_then(|()| complete(id))
         }
     })
 }

@@ -169,9 +169,7 @@ unsafe fn request(
 pub(super) unsafe fn respond(id: *mut rdma_cm_id) -> Result<(), Errno> {
     // SAFETY: by the caller's promise.
     unsafe {
-        let done = queues::ready_to_receive(id, RDMA_MAX_RESP_RES)
-            .and_then(|()| queues::ready_to_send(id, RDMA_MAX_INIT_DEPTH))
-            .and_then(|()| client(id).accept(None));
+        let done = queues::accept(id, None, (RDMA_MAX_RESP_RES, RDMA_MAX_INIT_DEPTH));
         if done.is_err() {
             let _ = queues::fail(id);
         }

@@ -4,7 +4,7 @@
 use core::ffi::c_int;
 
 use freeflow_abi::*;
-use freeflow_client::{Errno, QpAttr, QpAttrMask, QpState};
+use freeflow_client::{CmParam, CmUp, Errno, QpAttr, QpAttrMask, QpState};
 
 use super::{client, device};
 use crate::objects::minus_one;
@@ -205,12 +205,11 @@ unsafe fn create_queues(
             attr.srq = (*id).srq;
         }
         let queue_pair = made(qp::create_qp_ex((*id).verbs, attr))?;
-        let ready = if (*id).qp_type == IBV_QPT_UD {
-            start_datagrams(id, queue_pair)
-        } else {
-            move_to(id, queue_pair, QpState::Init, |_| {})
+        let first = match (*id).qp_type {
+            IBV_QPT_UD => QpState::Rts,
+            _ => QpState::Init,
         };
-        if let Err(errno) = ready {
+        if let Err(errno) = bring_up(id, queue_pair, first) {
             qp::destroy_qp(queue_pair);
             return Err(errno);
         }
@@ -218,82 +217,70 @@ unsafe fn create_queues(
     }
 }
 
-/// Moves a queue pair to a state, with the attributes that the connection manager says.
+/// Brings a queue pair to a state, through those before it, as the connection manager says.
 ///
 /// # Safety
 ///
 /// A live id and a live queue pair.
-unsafe fn move_to(
+unsafe fn bring_up(
     id: *mut rdma_cm_id,
     queue_pair: *mut ibv_qp,
     state: QpState,
-    change: impl FnOnce(&mut QpAttr),
+) -> Result<(), Errno> {
+    // SAFETY: by the caller's promise.
+    unsafe { qp::follow(queue_pair, |qp| client(id).bring_up(&CmUp::new(qp, state))) }
+}
+
+/// Accepts a request or, without parameters, a reply; first brings the id's queue pair, if it has
+/// one, to where it receives and sends: the other side's address is known by now.
+///
+/// # Safety
+///
+/// A live id.
+pub(super) unsafe fn accept(
+    id: *mut rdma_cm_id,
+    param: Option<CmParam>,
+    (resources, depth): (u8, u8),
 ) -> Result<(), Errno> {
     // SAFETY: by the caller's promise.
     unsafe {
-        let said = client(id).init_qp_attr(state)?;
-        let mut attr = QpAttr { state, ..said.attr };
-        change(&mut attr);
-        qp::modify(queue_pair, &attr, said.mask | QpAttrMask::STATE)
-    }
-}
-
-/// # Safety
-///
-/// As for [`move_to`].
-unsafe fn start_datagrams(id: *mut rdma_cm_id, queue_pair: *mut ibv_qp) -> Result<(), Errno> {
-    let to = |state| QpAttr {
-        state,
-        ..QpAttr::default()
-    };
-    let sends = QpAttrMask::STATE | QpAttrMask::SQ_PSN;
-    // SAFETY: by the caller's promise.
-    unsafe {
-        move_to(id, queue_pair, QpState::Init, |_| {})?;
-        qp::modify(queue_pair, &to(QpState::Rtr), QpAttrMask::STATE)?;
-        qp::modify(queue_pair, &to(QpState::Rts), sends)
-    }
-}
-
-/// Brings an id's queue pair, if it has one, to where it receives; the address is known by now.
-///
-/// # Safety
-///
-/// A live id.
-pub(super) unsafe fn ready_to_receive(id: *mut rdma_cm_id, resources: u8) -> Result<(), Errno> {
-    // SAFETY: by the caller's promise.
-    unsafe {
-        let queue_pair = (*id).qp;
-        if queue_pair.is_null() {
-            return Ok(());
+        let client = client(id);
+        if (*id).qp.is_null() {
+            return client.accept(param);
         }
-        // When it was created there was no connection, whose parameters say what peers may do.
-        move_to(id, queue_pair, QpState::Init, |_| {})?;
-        move_to(id, queue_pair, QpState::Rtr, |attr| {
-            if resources != RDMA_MAX_RESP_RES {
-                attr.max_dest_rd_atomic = resources;
-            }
+        qp::follow((*id).qp, |qp| {
+            let up = CmUp {
+                max_dest_rd_atomic: Some(resources).filter(|&r| r != RDMA_MAX_RESP_RES),
+                max_rd_atomic: Some(depth).filter(|&d| d != RDMA_MAX_INIT_DEPTH),
+                ..CmUp::new(qp, QpState::Rts)
+            };
+            client.accept_with(param, &up)
         })
     }
 }
 
-/// As [`ready_to_receive`], to where it sends too.
+/// State of an id's queue pair, if it has one.
 ///
 /// # Safety
 ///
 /// A live id.
-pub(super) unsafe fn ready_to_send(id: *mut rdma_cm_id, depth: u8) -> Result<(), Errno> {
+pub(super) unsafe fn state(id: *mut rdma_cm_id) -> Option<u32> {
+    // SAFETY: by the caller's promise.
+    unsafe { (*id).qp.as_ref().map(|qp| qp.state) }
+}
+
+/// Ends an id's connection, and its queue pair, if it has one: what is posted is flushed.
+///
+/// # Safety
+///
+/// A live id.
+pub(super) unsafe fn disconnect(id: *mut rdma_cm_id) -> Result<(), Errno> {
     // SAFETY: by the caller's promise.
     unsafe {
-        let queue_pair = (*id).qp;
-        if queue_pair.is_null() {
-            return Ok(());
+        if (*id).qp.is_null() {
+            return client(id).disconnect();
         }
-        move_to(id, queue_pair, QpState::Rts, |attr| {
-            if depth != RDMA_MAX_INIT_DEPTH {
-                attr.max_rd_atomic = depth;
-            }
-        })
+        qp::follow((*id).qp, |qp| client(id).disconnect_with(qp))
     }
 }
 

@@ -4,8 +4,8 @@ use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
 
 use freeflow_client::{
-    CmId, CmParam, CmQp, CompChannel, Completion, Cq, Errno, Opcode, Qp, QpAttr, QpAttrMask, QpCap,
-    QpInit, QpState, QpType, Qpn, SendFlags, SendWr, Sge, WcStatus,
+    CmId, CmParam, CmQp, CmUp, CompChannel, Completion, Cq, Errno, Opcode, Qp, QpAttr, QpAttrMask,
+    QpCap, QpInit, QpState, QpType, Qpn, SendFlags, SendWr, Sge, WcStatus,
 };
 use freeflow_rsocket::{Config, Place, Post, Stream, Write};
 
@@ -95,8 +95,8 @@ impl Link {
             armed: false,
             mapped: Vec::new(),
         };
-        let ready = link
-            .modify(id, QpState::Init)
+        let ready = id
+            .bring_up(&CmUp::new(&link.qp, QpState::Init))
             .and_then(|()| link.receive(config.recv_requests.into()));
         if let Err(errno) = ready {
             link.memory.free();
@@ -105,18 +105,9 @@ impl Link {
         Ok(link)
     }
 
-    /// Brings the queue pair to a state, as the connection manager says.
-    fn modify(&self, id: &CmId, state: QpState) -> Result<(), Errno> {
-        let to = id.init_qp_attr(state)?;
-        self.qp.modify(&to.attr, to.mask)
-    }
-
     /// Makes the queue pair one with the peer's, who is known by now.
     pub(super) fn begin(&self, id: &CmId) -> Result<(), Errno> {
-        // What the peer may do is known only now too.
-        self.modify(id, QpState::Init)?;
-        self.modify(id, QpState::Rtr)?;
-        self.modify(id, QpState::Rts)
+        id.bring_up(&CmUp::new(&self.qp, QpState::Rts))
     }
 
     /// The peer is gone: what is under way ends.
