@@ -25,6 +25,9 @@ const IDLE_ENDPOINTS: usize = 64;
 const IDLE_QPS: usize = 16;
 const SCALE_QPS: usize = 160;
 const SCALE_MRS: usize = 1600;
+const SCALE_CONNECTIONS: usize = 160;
+/// What ten thousand open connections fit in, in bytes.
+const CONNECTIONS_FIT: f64 = 256.0 * MIB;
 /// Programs that flood the router with control verbs, and the rate that their endpoint may have.
 const FLOODING: usize = 8;
 const FLOOD_RATE: &str = "control=1000/s";
@@ -188,37 +191,42 @@ impl Bench {
 
     /// A router's own memory for many idle queue pairs, and for many regions.
     fn scale(&mut self) -> Result<()> {
-        let program = self.own.display().to_string();
         let mut bed = Bed::new()?;
         let pid = bed.router().pid();
-        for (name, each, count, bytes) in [
-            ("idle queue pair", [SCALE_QPS, 0], SCALE_QPS, 4096.0),
-            ("region of 4 KiB", [0, SCALE_MRS], SCALE_MRS, 512.0),
+        let qps = SCALE_QPS.to_string();
+        let mrs = SCALE_MRS.to_string();
+        let connections = SCALE_CONNECTIONS.to_string();
+        for (name, none, some, count, bytes) in [
+            (
+                "idle queue pair",
+                &["idle", "0", "0"][..],
+                &["idle", &qps, "0"][..],
+                SCALE_QPS,
+                4096.0,
+            ),
+            (
+                "region of 4 KiB",
+                &["idle", "0", "0"],
+                &["idle", "0", &mrs],
+                SCALE_MRS,
+                512.0,
+            ),
+            (
+                "idle connection, both ends and their queue pairs",
+                &["cm-idle", "0"],
+                &["cm-idle", &connections],
+                SCALE_CONNECTIONS,
+                CONNECTIONS_FIT / 10_000.0,
+            ),
         ] {
-            let each = each.map(|n| n.to_string());
-            let mut holders = Vec::new();
-            let start = |holders: &mut Vec<Running>, args: &[&str]| -> Result<()> {
-                let mut command = bed.endpoint().command(&program, args);
-                holders.push(Running::start_piped(&mut command)?);
-                Ok(())
-            };
             // What endpoints and their processes take is not what is asked for.
-            for _ in 0..IDLE_ENDPOINTS {
-                start(&mut holders, &["idle", "0", "0"])?;
-            }
-            for holder in &holders {
-                holder.wait_for("ready", DEADLINE)?;
-            }
+            let holders = self.holders(&bed, none)?;
             let before = own_memory(pid)?;
-            holders.clear();
-            for _ in 0..IDLE_ENDPOINTS {
-                start(&mut holders, &["idle", &each[0], &each[1]])?;
-            }
-            for holder in &holders {
-                holder.wait_for("ready", DEADLINE)?;
-            }
+            drop(holders);
+            let holders = self.holders(&bed, some)?;
             let all = IDLE_ENDPOINTS * count;
             let used = (own_memory(pid)? - before).max(0.0) / all as f64;
+            drop(holders);
             let few = Target::AtMost(1.0, "at most");
             self.row(
                 format!("router's memory: {name}, of {all}"),
@@ -228,6 +236,20 @@ impl Bench {
             );
         }
         Ok(())
+    }
+
+    /// One of our own programs on each of many endpoints, once all of them say that they are ready.
+    fn holders(&self, bed: &Bed, args: &[&str]) -> Result<Vec<Running>> {
+        let program = self.own.display().to_string();
+        let start = |_| {
+            let mut command = bed.endpoint().command(&program, args);
+            Running::start_piped(&mut command)
+        };
+        let holders: Vec<_> = (0..IDLE_ENDPOINTS).map(start).collect::<Result<_>>()?;
+        for holder in &holders {
+            holder.wait_for("ready", DEADLINE)?;
+        }
+        Ok(holders)
     }
 
     /// Between two hosts, over links with the MTU of Ethernet and of jumbo frames.
@@ -615,35 +637,30 @@ impl Bench {
         Ok(())
     }
 
-    /// Processor time of a router with many idle queue pairs.
+    /// Processor time of a router with many idle queue pairs, and with many idle connections and
+    /// their listeners.
     fn idle(&mut self) -> Result<()> {
-        let program = self.own.display().to_string();
-        let qps = IDLE_QPS.to_string();
-        let mut holders = Vec::new();
-        for _ in 0..IDLE_ENDPOINTS {
-            let endpoint = self.bed.endpoint();
-            let mut command = endpoint.command(&program, &["idle", &qps]);
-            holders.push(Running::start_piped(&mut command)?);
-        }
-        for holder in &holders {
-            holder.wait_for("ready", DEADLINE)?;
-        }
-        std::thread::sleep(Duration::from_secs(1));
+        let each = IDLE_QPS.to_string();
+        let all = IDLE_ENDPOINTS * IDLE_QPS;
         let pid = self.bed.router().pid();
-        let before = cpu_seconds(pid)?;
-        std::thread::sleep(IDLE_TIME);
-        let used = (cpu_seconds(pid)? - before) * 1e3;
-        let none = Target::AtMost(0.0, "none");
-        let name = format!(
-            "idle router, {IDLE_ENDPOINTS} endpoints, {} QPs",
-            IDLE_ENDPOINTS * IDLE_QPS
-        );
-        self.row(
-            name,
-            (used, "ms"),
-            ("10 s", IDLE_TIME.as_secs_f64() * 1e3),
-            none,
-        );
+        for (args, what) in [
+            (["idle", &each], format!("{all} QPs")),
+            (["cm-idle", &each], format!("{all} connections")),
+        ] {
+            let holders = self.holders(&self.bed, &args)?;
+            std::thread::sleep(Duration::from_secs(1));
+            let before = cpu_seconds(pid)?;
+            std::thread::sleep(IDLE_TIME);
+            let used = (cpu_seconds(pid)? - before) * 1e3;
+            drop(holders);
+            let none = Target::AtMost(0.0, "none");
+            self.row(
+                format!("idle router, {IDLE_ENDPOINTS} endpoints, {what}"),
+                (used, "ms"),
+                ("10 s", IDLE_TIME.as_secs_f64() * 1e3),
+                none,
+            );
+        }
         Ok(())
     }
 }
