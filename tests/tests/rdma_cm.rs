@@ -6,10 +6,11 @@ use std::process::Command;
 use std::time::Instant;
 
 use freeflow_tests::{
-    Bed, Checker, DEADLINE, Ended, Endpoint, Hosts, Running, count, free_port, have, skip,
-    wait_for_listener_of,
+    Bed, Checker, DEADLINE, Ended, Endpoint, Hosts, Running, count, descendants, free_port, have,
+    skip, wait_for_listener_of,
 };
 use rustix::process::Signal;
+use serde_json::Value;
 
 fn bed() -> Bed {
     Bed::new().expect("a router starts")
@@ -61,15 +62,19 @@ fn serve(bed: &Bed, endpoint: &Endpoint<'_>, program: &str, args: &str) -> Runni
     server
 }
 
-/// Runs a client to its end, which must be a good one. `PEER` is the server's address, `IP` its
-/// own.
-fn client(bed: &Bed, server: &Endpoint<'_>, program: &str, args: &str) -> Ended {
-    let endpoint = bed.endpoint();
+/// Starts a client. `PEER` is the server's address, `IP` its own.
+fn start_client(at: &Endpoint<'_>, server: &Endpoint<'_>, program: &str, args: &str) -> Running {
     let args = args
         .replace("PEER", &server.ip.to_string())
-        .replace("IP", &endpoint.ip.to_string());
+        .replace("IP", &at.ip.to_string());
     let args: Vec<_> = args.split_ascii_whitespace().collect();
-    let said = endpoint.run(program, &args);
+    at.start(program, &args).unwrap_or_else(|e| panic!("{e:#}"))
+}
+
+/// Runs a client to its end, which must be a good one; as [`start_client`].
+fn client(bed: &Bed, server: &Endpoint<'_>, program: &str, args: &str) -> Ended {
+    let running = start_client(&bed.endpoint(), server, program, args);
+    let said = running.wait(DEADLINE).and_then(Ended::success);
     said.unwrap_or_else(|e| panic!("{e:#}"))
 }
 
@@ -129,6 +134,41 @@ fn rping_on_every_address_and_with_queue_pairs_of_its_own() {
         "-s -a IP -q -C 20 -V",
         "-c -a PEER -q -C 20 -V",
     );
+}
+
+#[test]
+fn endpoints_with_ipv6_addresses() {
+    for (programs, server, client) in [
+        (
+            ["rping"; 2],
+            "-s -a :: -C 20 -V",
+            "-c -a PEER -I IP -C 20 -V",
+        ),
+        (
+            ["rping"; 2],
+            "-s -a IP -q -C 20 -V",
+            "-c -a PEER -q -C 20 -V",
+        ),
+        (
+            ["ucmatose"; 2],
+            "-b IP -f ip6 -c 4",
+            "-s PEER -b IP -f ip6 -c 4",
+        ),
+        (["udaddy"; 2], "-b IP -c 4", "-s PEER -b IP -c 4"),
+        (["rdma_server", "rdma_client"], "-s IP", "-s PEER"),
+    ] {
+        if !programs.into_iter().all(have) {
+            continue;
+        }
+        let bed = bed();
+        let [mut there, mut here] = [bed.endpoint(), bed.endpoint()];
+        (there.ip, here.ip) = ("fd00:77::1".parse().unwrap(), "fd00:77::2".parse().unwrap());
+        let served = serve(&bed, &there, programs[0], server);
+        for side in [start_client(&here, &there, programs[1], client), served] {
+            let said = side.wait(DEADLINE).and_then(Ended::success);
+            said.unwrap_or_else(|e| panic!("{programs:?}: {e:#}"));
+        }
+    }
 }
 
 /// A client that says what it does when it does it.
@@ -327,6 +367,10 @@ fn perftest([there, here]: [&Bed; 2], program: &str, way: &str) {
         let refused = ["REJECTED; error: 8.", "UNREACHABLE; error: 1."];
         let refused = refused.map(|how| format!("Event: RDMA_CM_EVENT_{how}"));
         if refused.iter().any(|how| client.stderr.contains(how)) {
+            drop(server);
+            // The next client must not take its listener for the next server's.
+            let none = |status: &Value| count(status, "cm_listeners") == 0;
+            there.wait_for_status(none, DEADLINE).unwrap();
             continue;
         }
         let client = client.success().unwrap_or_else(|e| panic!("{e:#}"));
@@ -380,6 +424,60 @@ fn fio_reads_writes_and_sends() {
         );
         for side in [server, client] {
             assert!(side.stdout.contains("err= 0"), "{side}");
+        }
+    }
+}
+
+/// Kills a program that an endpoint was made for, with all its processes, and waits for the end.
+fn kill(running: &mut Running) {
+    let all = descendants(running.pid());
+    // The first of them, which started the program, ends with it.
+    for &pid in all.iter().skip(1).rev() {
+        if let Some(pid) = rustix::process::Pid::from_raw(pid as i32) {
+            let _ = rustix::process::kill_process(pid, Signal::KILL);
+        }
+    }
+    running.reap(DEADLINE).unwrap();
+}
+
+/// The router keeps nothing of programs that are gone.
+fn nothing_is_left(bed: &Bed) {
+    let gone = |status: &Value| count(status, "cm_ids") + count(status, "qps") == 0;
+    bed.wait_for_status(gone, DEADLINE).unwrap();
+}
+
+/// It looks at no events of its connection: who sends finds out by its requests, when their retries
+/// are exhausted. What it does then is its own affair.
+#[test]
+fn fio_whose_peer_is_killed_in_the_middle() {
+    if !have("fio") {
+        return;
+    }
+    let port = free_port();
+    let both = format!("--ioengine=rdma --port={port} --bs=16k --size=64g --name=x");
+    for verb in ["write", "read", "send"] {
+        for server_dies in [true, false] {
+            let bed = bed();
+            let (there, here) = (bed.endpoint(), bed.endpoint());
+            let receive = format!("{both} --rw=read --iodepth=256");
+            let mut server = serve(&bed, &there, "fio", &receive);
+            let send = format!("{both} --hostname=PEER --verb={verb} --rw=write --iodepth=8");
+            let mut client = start_client(&here, &there, "fio", &send);
+            let busy = |status: &Value| count(status, "sent_messages") > 100;
+            bed.wait_for_status(busy, DEADLINE).unwrap();
+            if server_dies {
+                kill(&mut server);
+                let told = client.wait_for("cq completion status", DEADLINE);
+                told.unwrap_or_else(|e| panic!("{verb}: {e:#}"));
+                kill(&mut client);
+            } else {
+                kill(&mut client);
+                // The server's two are left.
+                let two = |status: &Value| count(status, "cm_ids") <= 2;
+                bed.wait_for_status(two, DEADLINE).unwrap();
+                kill(&mut server);
+            }
+            nothing_is_left(&bed);
         }
     }
 }
@@ -464,22 +562,21 @@ fn qperf_connects_by_the_connection_manager() {
     assert_eq!(said.stderr, "", "{said}");
 }
 
-/// UCX's own example of a client and a server, over RC and UD with their addresses exchanged by
-/// the connection manager.
-#[test]
-fn ucx_wires_up_by_the_connection_manager() {
+/// How to run UCX's own example of a client and a server, over RC and UD with their addresses
+/// exchanged by the connection manager. It is compiled into a directory; none if it cannot be here.
+fn ucx(dir: &Path) -> Option<String> {
     const EXAMPLE: &str = "/usr/share/doc/libucx-dev/examples/ucp_client_server.c";
     if !have("gcc") {
-        return;
+        return None;
     }
     if !Path::new(EXAMPLE).is_file() {
-        return skip(
+        skip(
             "UCX by the connection manager",
             "libucx-dev is not installed",
         );
+        return None;
     }
-    let dir = tempfile::tempdir().expect("a temporary directory");
-    let program = dir.path().join("ucp_client_server");
+    let program = dir.join("ucp_client_server");
     let mut gcc = Command::new("gcc");
     gcc.arg("-O1")
         .arg("-o")
@@ -494,10 +591,56 @@ fn ucx_wires_up_by_the_connection_manager() {
         "UCX_NET_DEVICES=freeflow0:1",
     ]
     .join(" ");
+    Some(format!("{settings} {program}"))
+}
+
+#[test]
+fn ucx_whose_peer_is_killed_in_the_middle() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let Some(program) = ucx(dir.path()) else {
+        return;
+    };
+    if !have("stdbuf") {
+        return;
+    }
+    let both = format!("-oL env {program} -c tag -i 100000000");
+    for server_dies in [true, false] {
+        let bed = bed();
+        let (there, here) = (bed.endpoint(), bed.endpoint());
+        let mut server = serve(&bed, &there, "stdbuf", &both);
+        let mut client = start_client(&here, &there, "stdbuf", &format!("{both} -a PEER"));
+        let busy = |status: &Value| count(status, "sent_messages") > 100;
+        bed.wait_for_status(busy, DEADLINE).unwrap();
+        let (victim, left) = if server_dies {
+            (&mut server, &mut client)
+        } else {
+            (&mut client, &mut server)
+        };
+        kill(victim);
+        let told = left.wait_for("error handling callback was invoked", DEADLINE);
+        told.unwrap_or_else(|e| panic!("server dies: {server_dies}: {e:#}"));
+        if server_dies {
+            assert!(!left.reap(DEADLINE).unwrap().success());
+        } else {
+            // It waits for the next client.
+            let rest = |status: &Value| count(status, "cm_ids") == count(status, "cm_listeners");
+            bed.wait_for_status(rest, DEADLINE).unwrap();
+            kill(left);
+        }
+        nothing_is_left(&bed);
+    }
+}
+
+#[test]
+fn ucx_wires_up_by_the_connection_manager() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let Some(program) = ucx(dir.path()) else {
+        return;
+    };
     for way in ["stream", "tag", "am"] {
         let bed = bed();
         let endpoint = bed.endpoint();
-        let both = format!("{settings} {program} -c {way} -i 50");
+        let both = format!("{program} -c {way} -i 50");
         let mut server = serve(&bed, &endpoint, "env", &both);
         let said = client(&bed, &endpoint, "env", &format!("{both} -a PEER"));
         assert!(said.stdout.contains("Client: iteration #50"), "{said}");
