@@ -166,16 +166,6 @@ impl Bed {
         }
     }
 
-    /// Starts a server on an endpoint, and waits until it listens for connections by the connection
-    /// manager; nobody else of this router does.
-    pub fn serve(&self, on: &Endpoint<'_>, program: &str, args: &[&str]) -> Result<Running> {
-        let server = on.start(program, args)?;
-        let listens = |status: &serde_json::Value| count(status, "cm_listeners") != 0;
-        self.wait_for_status(listens, DEADLINE)
-            .with_context(|| format!("{program} does not listen"))?;
-        Ok(server)
-    }
-
     /// A new endpoint's command line: an address that no other endpoint of this bed has.
     pub fn endpoint(&self) -> Endpoint<'_> {
         // Relaxed: only that numbers differ matters.
@@ -322,6 +312,28 @@ impl Endpoint<'_> {
             .args(["run", "--ip", &ip, "--tenant", &self.tenant, "--", program])
             .args(args);
         command
+    }
+
+    /// Starts a server on it, and waits until it listens for connections by the connection manager.
+    pub fn serve(&self, program: &str, args: &[&str]) -> Result<Running> {
+        let server = self.start(program, args)?;
+        self.wait_for_some("cm_listeners")
+            .with_context(|| format!("{program} does not listen"))?;
+        Ok(server)
+    }
+
+    /// Waits until what the router counts under that name is not 0 for this endpoint.
+    pub fn wait_for_some(&self, name: &str) -> Result<()> {
+        let ip = self.ip.to_string();
+        let some = |status: &serde_json::Value| {
+            let mut endpoints = status["endpoints"].as_array().into_iter().flatten();
+            endpoints.any(|endpoint| {
+                endpoint["ip"] == ip.as_str()
+                    && endpoint["tenant"] == self.tenant.as_str()
+                    && count(endpoint, name) != 0
+            })
+        };
+        self.bed.wait_for_status(some, DEADLINE)
     }
 
     /// Starts a program on it.

@@ -160,7 +160,7 @@ impl<'a> Target<'a> {
         let (control, tcp) = (free_port().to_string(), free_port());
         let portal = format!("portal=127.0.0.1:{tcp}");
         let args = ["-f", "-C", &control, "--iscsi", &portal];
-        let serving = bed.serve(&endpoint, "tgtd", &args).unwrap();
+        let serving = endpoint.serve("tgtd", &args).unwrap();
         let admin = |words: &str| {
             let mut command = Command::new("tgtadm");
             command.args(["-C", &control, "--lld", "iser"]);

@@ -162,8 +162,8 @@ fn forking_servers_under_librspreload() {
 }
 
 /// Starts a server, and waits until it listens.
-fn serve(bed: &Bed, endpoint: &Endpoint<'_>, command: &[&str]) -> Running {
-    let server = bed.serve(endpoint, command[0], &command[1..]);
+fn serve(endpoint: &Endpoint<'_>, command: &[&str]) -> Running {
+    let server = endpoint.serve(command[0], &command[1..]);
     server.unwrap_or_else(|e| panic!("{e:#}"))
 }
 
@@ -188,7 +188,7 @@ fn pair(server: &str, client: &str) -> [Ended; 2] {
 fn pair_on([here, there]: [&Bed; 2], server: &str, client: &str) -> [Ended; 2] {
     let endpoint = here.endpoint();
     let words: Vec<_> = server.split_ascii_whitespace().collect();
-    let server = serve(here, &endpoint, &words);
+    let server = serve(&endpoint, &words);
     let client = start_client(there, &endpoint, client).wait(DEADLINE);
     let client = client.and_then(Ended::success);
     let client = client.unwrap_or_else(|e| panic!("{e:#}"));
@@ -287,7 +287,7 @@ fn rcopy_copies_a_large_file() {
     let bed = bed();
     let endpoint = bed.endpoint();
     // It serves until it is killed.
-    let _server = serve(&bed, &endpoint, &["rcopy"]);
+    let _server = serve(&endpoint, &["rcopy"]);
     let client = format!("rcopy {} PEER:{}", from.display(), to.display());
     let client = start_client(&bed, &endpoint, &client).wait(DEADLINE);
     let said = client.and_then(Ended::success);
@@ -310,7 +310,7 @@ fn the_peer_of_a_program_that_is_killed_ends() {
             let both = format!("{mode} -C 1000 -I 1000000000 -S 5000");
             let server = format!("rstream {both}");
             let words: Vec<_> = server.split_ascii_whitespace().collect();
-            let server = serve(&bed, &endpoint, &words);
+            let server = serve(&endpoint, &words);
             let client = start_client(&bed, &endpoint, &format!("rstream -s PEER {both}"));
             // Both have queue pairs, and so are connected or about to be.
             bed.wait_for_status(|status| count(status, "qps") >= 2, DEADLINE)
@@ -380,7 +380,7 @@ fn iperf3_is_told_of_a_peer_that_is_killed() {
     let preload = format!("LD_PRELOAD={PRELOAD}");
     let bed = bed();
     let endpoint = bed.endpoint();
-    let mut server = serve(&bed, &endpoint, &["env", &preload, "iperf3", "-s"]);
+    let mut server = serve(&endpoint, &["env", &preload, "iperf3", "-s"]);
     let client = format!("env {preload} iperf3 -c PEER -t 1000 --forceflush");
     let client = start_client(&bed, &endpoint, &client);
     client.wait_for("0.00-1.0", DEADLINE).unwrap();
@@ -423,7 +423,7 @@ print('same' if back == data else f'{len(back)} bytes')
     let endpoint = bed.endpoint();
     let port = "4711";
     let ip = endpoint.ip.to_string();
-    let server = serve(&bed, &endpoint, &[&checker.program, &ip, "echo", port]);
+    let server = serve(&endpoint, &[&checker.program, &ip, "echo", port]);
     let preload = format!("LD_PRELOAD={PRELOAD}");
     let client = bed.endpoint();
     let args = [&preload, PYTHON, "-c", SCRIPT, &ip, port];

@@ -84,7 +84,7 @@ fn parse_rows(text: &str) -> Vec<Vec<f64>> {
 /// What rstream measured on two endpoints: microseconds for each message, and MiB/s.
 pub(crate) fn rstream(bed: &Bed, args: &[&str]) -> Result<(f64, f64)> {
     let server_at = bed.endpoint();
-    let server = bed.serve(&server_at, "rstream", args)?;
+    let server = server_at.serve("rstream", args)?;
     let ip = server_at.ip.to_string();
     let client = bed
         .endpoint()
