@@ -4,8 +4,8 @@
 use std::path::Path;
 
 use freeflow_tests::{
-    Bed, Checker, DEADLINE, Ended, Endpoint, Hosts, Place, Running, count, have, held, skip,
-    wait_for_listener_of,
+    Bed, Checker, DEADLINE, Ended, Endpoint, Hosts, Place, Running, have, held, skip,
+    wait_for_listener_of, wait_until,
 };
 use rustix::process::Signal;
 
@@ -296,34 +296,109 @@ fn rcopy_copies_a_large_file() {
     assert!(copied == bytes, "{} bytes arrived: {said}", copied.len());
 }
 
-/// Whichever side is killed, the other one is told soon. (Without blocking, rstream takes the end of
-/// a stream for one that has nothing yet.)
-#[test]
-fn the_peer_of_a_program_that_is_killed_ends() {
+/// Kills one of two, to the end of the other.
+fn kill(mut victim: Running, other: Running) -> Ended {
+    victim.signal(Signal::KILL);
+    victim.reap(DEADLINE).unwrap();
+    other.wait(DEADLINE).unwrap()
+}
+
+/// (Without blocking, rstream takes the end of a stream for one that has nothing yet.)
+fn rstream_is_killed([here, there]: [&Bed; 2]) {
     if !have("rstream") {
         return;
     }
     for mode in ["-T a", "-T b"] {
         for kill_server in [false, true] {
-            let bed = bed();
-            let endpoint = bed.endpoint();
+            let endpoint = here.endpoint();
             let both = format!("{mode} -C 1000 -I 1000000000 -S 5000");
             let server = format!("rstream {both}");
             let words: Vec<_> = server.split_ascii_whitespace().collect();
             let server = serve(&endpoint, &words);
-            let client = start_client(&bed, &endpoint, &format!("rstream -s PEER {both}"));
-            // Both have queue pairs, and so are connected or about to be.
-            bed.wait_for_status(|status| count(status, "qps") >= 2, DEADLINE)
-                .unwrap();
-            let (mut victim, other) = match kill_server {
-                true => (server, client),
-                false => (client, server),
+            let client = start_client(there, &endpoint, &format!("rstream -s PEER {both}"));
+            // A server is not told of one that goes before they are connected.
+            endpoint.wait_for_some("received_messages").unwrap();
+            let said = match kill_server {
+                true => kill(server, client),
+                false => kill(client, server),
             };
-            victim.signal(Signal::KILL);
-            victim.reap(DEADLINE).unwrap();
-            let said = other.wait(DEADLINE).unwrap();
             assert!(!said.status.success(), "{said}");
         }
+    }
+}
+
+/// A server is told, and there for the next client: to say that it is busy, as rcopy lets go of a
+/// file at the client's word alone.
+fn rcopy_is_killed([here, there]: [&Bed; 2]) {
+    if !have("rcopy") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    // It is not to arrive.
+    let huge = std::fs::File::create(path("huge")).unwrap();
+    huge.set_len(1 << 30).unwrap();
+    for kill_server in [false, true] {
+        let endpoint = here.endpoint();
+        let server = serve(&endpoint, &["rcopy"]);
+        let start = |to: &Path| {
+            let command = format!("rcopy {} PEER:{}", path("huge").display(), to.display());
+            start_client(there, &endpoint, &command)
+        };
+        let to = path(&format!("to{kill_server}"));
+        let mut client = start(&to);
+        let begun = || std::fs::metadata(&to).is_ok_and(|file| file.len() != 0);
+        wait_until("the copy has begun", DEADLINE, begun).unwrap();
+        if kill_server {
+            let said = kill(server, client);
+            assert!(!said.status.success(), "{said}");
+        } else {
+            client.signal(Signal::KILL);
+            client.reap(DEADLINE).unwrap();
+            let said = start(&path("next")).wait(DEADLINE).unwrap();
+            assert_eq!(said.status.code(), Some(libc::EBUSY), "{said}");
+        }
+    }
+}
+
+fn iperf3_is_killed([here, there]: [&Bed; 2]) {
+    if !have("iperf3") || !preloads() {
+        return;
+    }
+    let preload = format!("LD_PRELOAD={PRELOAD}");
+    for kill_server in [false, true] {
+        let endpoint = here.endpoint();
+        let server = ["env", &preload, "iperf3", "-s", "-1"];
+        let server = serve(&endpoint, &server);
+        let client = format!("env {preload} iperf3 -c PEER -t 1000 --forceflush");
+        let client = start_client(there, &endpoint, &client);
+        client.wait_for("0.00-1.0", DEADLINE).unwrap();
+        let (said, of) = match kill_server {
+            true => (kill(server, client), "error"),
+            false => (kill(client, server), "the client has"),
+        };
+        assert!(said.stderr.contains(of), "{said}");
+    }
+}
+
+/// Whichever side is killed, the other one is told soon.
+fn killed(beds: [&Bed; 2]) {
+    rstream_is_killed(beds);
+    rcopy_is_killed(beds);
+    iperf3_is_killed(beds);
+}
+
+#[test]
+fn the_peer_of_a_program_that_is_killed_ends() {
+    let bed = bed();
+    killed([&bed, &bed]);
+}
+
+#[test]
+fn the_peer_on_another_host_of_a_program_that_is_killed_ends() {
+    if Hosts::can("killing rsockets between hosts") {
+        let hosts = Hosts::new(9000).unwrap();
+        killed([hosts.bed(0), hosts.bed(1)]);
     }
 }
 
@@ -370,25 +445,6 @@ fn iperf3_at_loopback_under_librspreload() {
     for end in ["sender", "receiver"] {
         assert!(said.stdout.contains(end), "{said}");
     }
-}
-
-#[test]
-fn iperf3_is_told_of_a_peer_that_is_killed() {
-    if !have("iperf3") || !preloads() {
-        return;
-    }
-    let preload = format!("LD_PRELOAD={PRELOAD}");
-    let bed = bed();
-    let endpoint = bed.endpoint();
-    let mut server = serve(&endpoint, &["env", &preload, "iperf3", "-s"]);
-    let client = format!("env {preload} iperf3 -c PEER -t 1000 --forceflush");
-    let client = start_client(&bed, &endpoint, &client);
-    client.wait_for("0.00-1.0", DEADLINE).unwrap();
-    server.signal(Signal::KILL);
-    server.reap(DEADLINE).unwrap();
-    let said = client.wait(DEADLINE).unwrap();
-    assert!(!said.status.success(), "{said}");
-    assert!(said.stderr.contains("error"), "{said}");
 }
 
 /// A client in Python; its server is the checker, as Python accepts by `accept4`, which
