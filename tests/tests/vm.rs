@@ -274,34 +274,18 @@ fn pingpong(bed: &Bed, environment: &str) -> (u64, u64) {
     bytes
 }
 
-/// Programs on the kernel's rxe and on an endpoint that has the underlay's GID, each the other's
-/// server in turn.
-#[test]
-fn freeflow_and_the_reference_are_peers() {
-    let Some((machine, _one)) = machine("freeflow_and_the_reference_are_peers") else {
+/// Runs parts of the script that has programs on the kernel's rxe and on an endpoint that has the
+/// underlay's GID, each the other's server in turn: so many checks must hold.
+fn stock(test: &str, programs: &[&str], parts: &[&str], checks: u32) {
+    let Some((machine, _one)) = machine(test) else {
         return;
     };
-    let programs = [
-        "ibv_devinfo",
-        "ibv_rc_pingpong",
-        "ib_send_bw",
-        "rping",
-        "tc",
-    ];
-    if !programs.into_iter().all(have) {
+    if !programs.iter().all(|program| have(program)) {
         return;
     }
     let (script, dist) = (script("stock.sh"), dist());
     let mut command = vec![Path::new("bash"), &script, &dist];
-    let parts = [
-        "devinfo",
-        "pingpongs",
-        "connected",
-        "unreliable",
-        "loss",
-        "manager",
-    ];
-    command.extend(parts.map(Path::new));
+    command.extend(parts.iter().map(Path::new));
     let outcome = Vm::new(&machine)
         .limit(Duration::from_secs(1200))
         .run(&command)
@@ -310,7 +294,39 @@ fn freeflow_and_the_reference_are_peers() {
     let output = &outcome.hosts[0].output;
     let summary = output.lines().last().unwrap_or_default();
     let passed = summary.split(' ').next().and_then(|n| n.parse().ok());
-    assert!(passed.is_some_and(|n: u32| n >= 60), "{outcome}");
+    assert!(passed.is_some_and(|n: u32| n >= checks), "{outcome}");
+}
+
+#[test]
+fn freeflow_and_the_reference_are_peers() {
+    let programs = [
+        "ibv_devinfo",
+        "ibv_rc_pingpong",
+        "ib_send_bw",
+        "rping",
+        "tc",
+    ];
+    let parts = [
+        "devinfo",
+        "pingpongs",
+        "connected",
+        "unreliable",
+        "loss",
+        "manager",
+    ];
+    stock(
+        "freeflow_and_the_reference_are_peers",
+        &programs,
+        &parts,
+        60,
+    );
+}
+
+#[test]
+fn rsockets_and_the_references_are_peers() {
+    let programs = ["rstream", "riostream", "rcopy", "rdma", "killall", "pgrep"];
+    let test = "rsockets_and_the_references_are_peers";
+    stock(test, &programs, &["streams"], 30);
 }
 
 /// Nothing that FreeFlow waits for is measured by the time of day.
