@@ -283,7 +283,7 @@ impl StreamSocket {
 
 impl Source for Inner {
     fn advance(&mut self, look: bool) {
-        let mut some = false;
+        let (mut some, mut flushed) = (false, false);
         let waits = matches!(self.phase, Phase::Listening | Phase::Gone);
         if !waits && (look || self.is_opening()) {
             some |= self.look();
@@ -298,18 +298,24 @@ impl Source for Inner {
         }
         if let Some(link) = self.open() {
             link.take_time();
-            let was_whole = link.stream.phase() != End::Broken;
+            let before = link.stream.phase();
             let polled = link.poll();
             if polled.is_err() {
                 link.stream.fail();
             }
-            if was_whole && link.stream.phase() == End::Broken {
+            if before != End::Broken && link.stream.phase() == End::Broken {
                 self.error = Some(polled.err().unwrap_or(Errno::CONNRESET));
             }
-            some |= polled != Ok(false);
+            match before {
+                // Requests are flushed, of which the program is told nothing: it is no edge.
+                End::Closed | End::Broken => flushed = polled == Ok(true),
+                End::Opening | End::Connected => some |= polled != Ok(false),
+            }
         }
         if some {
             self.changed();
+        } else if flushed {
+            self.watchers.iter().for_each(|wake| wake.wake());
         }
     }
 
