@@ -240,7 +240,11 @@ pub struct Requester {
     limited: bool,
     timeouts: u8,
     rnr_naks: u8,
+    /// Probes since the last answer, and since a round trip was last measured: until then the time
+    /// to the next stays what these have made it (Karn's algorithm, RFC 6298, 5.7), for what took
+    /// probes for losses cannot be measured.
     probes: u8,
+    backoff: u8,
     /// When the peer will be ready, when an answer is missed, and when it is overdue.
     ready_at: Option<u64>,
     probe_at: Option<u64>,
@@ -271,6 +275,7 @@ impl Requester {
             timeouts: 0,
             rnr_naks: 0,
             probes: 0,
+            backoff: 0,
             ready_at: None,
             probe_at: None,
             overdue_at: None,
@@ -434,6 +439,10 @@ impl Requester {
             self.limited = true;
             return None;
         }
+        if self.sample.is_some_and(|(psn, _)| numbers.contains(&psn)) {
+            // Which transmission is answered will not be known.
+            self.sample = None;
+        }
         for number in numbers {
             let size = self.size(&slot, number);
             self.flight.send(number, size);
@@ -551,7 +560,7 @@ impl Requester {
     fn start_timers(&mut self, now: u64) {
         if self.probe_at.is_none() {
             let selective = self.connection.selective;
-            let wait = self.window.probe_ns(self.probes, selective);
+            let wait = self.window.probe_ns(self.backoff, selective);
             self.probe_at = Some(now.saturating_add(wait));
         }
         if self.overdue_at.is_none() {
@@ -596,16 +605,16 @@ impl Requester {
             self.again(now);
         } else if self.probe_at.is_some_and(|at| now >= at) {
             self.probes = self.probes.saturating_add(1);
+            self.backoff = self.backoff.saturating_add(1);
             if self.probes > 1 {
                 self.window.on_timeout();
             } else if self.connection.selective {
                 // The answer to one packet will tell of the others (RFC 8985, 7).
-                self.sample = None;
                 self.probe_at = None;
                 self.flight.lose(self.flight.oldest());
                 return self.start_timers(now);
             } else {
-                self.lost_some();
+                self.on_congestion();
             }
             self.again(now);
         }
@@ -625,19 +634,12 @@ impl Requester {
         self.recovery_end = self.flight.end();
         self.reported = None;
         self.back_at = None;
-        self.sample = None;
         self.probe_at = None;
         self.start_timers(now);
     }
 
-    /// The window learns of a loss, once per episode.
-    fn lost_some(&mut self) {
-        self.sample = None;
-        self.on_congestion();
-    }
-
-    /// The network is congested: an answer has come with its mark (RFC 3168, CE), or a notification
-    /// packet says so.
+    /// The network is congested: an answer has come with its mark (RFC 3168, CE), a notification
+    /// packet says so, or something is lost. The window learns of it once per episode.
     pub fn on_congestion(&mut self) {
         if !self.flight.is_empty() && self.flight.oldest() >= self.recovery_end {
             self.recovery_end = self.flight.end();

@@ -308,6 +308,35 @@ fn without_a_timeout_probes_go_on_for_ever() {
 }
 
 #[test]
+fn a_round_trip_that_has_grown_is_measured_anew() {
+    for selective in [false, true] {
+        let mut b = Bench::new(&Connection {
+            selective,
+            ..connection()
+        });
+        let mut exchange = |at: i32, time: u64| {
+            b.post(Opcode::Send, 10);
+            assert_eq!(b.sent(), [at]);
+            let (answered, mut copies) = (b.now + time, 0);
+            while b.requester.next_timeout().is_some_and(|t| t < answered) {
+                assert_eq!(b.timeout(), []);
+                copies += b.send().len();
+            }
+            b.now = answered;
+            assert_eq!(b.ack(at).len(), 1);
+            copies
+        };
+        assert_eq!(exchange(0, RTT), 0);
+        assert_ne!(exchange(1, 100 * RTT), 0);
+        (2..20).for_each(|at| {
+            exchange(at, 100 * RTT);
+        });
+        assert_eq!(exchange(20, 100 * RTT), 0);
+        assert!(b.requester.round_trip().unwrap() > 50 * RTT);
+    }
+}
+
+#[test]
 fn what_cannot_be_read_here_fails_when_its_turn_comes() {
     let mut b = Bench::new(&connection());
     let (first, second) = (b.post(Opcode::Send, 10), b.post(Opcode::Send, 10));

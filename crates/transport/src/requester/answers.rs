@@ -127,7 +127,12 @@ impl Requester {
             if fate.is_none_or(|f| matches!(f, Fate::Answered | Fate::Held)) {
                 self.window.on_rtt(now.saturating_sub(sent));
                 self.sample = None;
+                self.backoff = 0;
             }
+        }
+        if self.probes == 0 && self.sample.is_none() {
+            // What comes was not waited for too short a time.
+            self.backoff = 0;
         }
         // A window that is not made use of has nothing to grow for (RFC 7661).
         if self.limited && self.window() <= 2 * (self.flight.under_way() + arrived) {
@@ -145,12 +150,12 @@ impl Requester {
     fn repair(&mut self, missing: bool) {
         if self.connection.selective {
             if self.flight.lose_overtaken() {
-                self.lost_some();
+                self.on_congestion();
             }
         } else if missing && self.back_at != Some(self.flight.oldest()) {
             // Go back once; the answers to what was sent before say the same again.
             self.back_at = Some(self.flight.oldest());
-            self.lost_some();
+            self.on_congestion();
             self.flight.lose_all();
         }
     }
@@ -169,7 +174,7 @@ impl Requester {
                 });
                 if !heard {
                     self.reported = Some((at, now));
-                    self.lost_some();
+                    self.on_congestion();
                     self.flight.lose_all();
                     self.flight.lose(at);
                 }
@@ -197,7 +202,8 @@ impl Requester {
         }
         self.rnr_naks = self.rnr_naks.saturating_add(1);
         // The peer answers: it is not lost (IBTA volume 1, 9.7.5.2.8).
-        (self.timeouts, self.probes, self.sample) = (0, 0, None);
+        (self.timeouts, self.probes, self.backoff) = (0, 0, 0);
+        self.sample = None;
         (self.probe_at, self.overdue_at) = (None, None);
         self.ready_at = Some(now.saturating_add(rnr_timer_ns(timer)));
         self.reported = None;
