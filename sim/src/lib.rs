@@ -10,10 +10,12 @@
 
 mod network;
 mod qp;
+mod stream;
 mod world;
 
 pub use network::{Network, Stats};
 pub use qp::{BASE, Completion, KEY, Qp, Received};
+pub use stream::Stream;
 pub use world::{QpId, Sim};
 
 /// Nanoseconds of a microsecond.

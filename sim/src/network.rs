@@ -11,12 +11,18 @@ const OVERHEAD: u64 = 38 + 20 + 8 + 4;
 /// How the network is. Probabilities are from 0 to 1, per packet and direction.
 #[derive(Clone, Debug)]
 pub struct Network {
-    /// Bits per second of each host's link, each way.
+    /// Bits per second of each host's link.
     pub rate: u64,
+    /// How much faster hosts send than their links carry to them: what many send at once waits at
+    /// the switch, not in a host.
+    pub haste: u64,
     /// One way through the switch, in nanoseconds.
     pub delay: u64,
     /// Up to so much more, in nanoseconds, that keeps the order.
     pub jitter: u64,
+    /// Up to so much, in nanoseconds, before a host sends: without, who comes regularly finds room
+    /// in a full queue always, and the others never.
+    pub scatter: u64,
     /// Bytes that wait at the switch for a host's link; what comes then is dropped.
     pub queue: u64,
     /// Bytes that wait there before packets are marked (RFC 3168, CE).
@@ -38,6 +44,8 @@ impl Default for Network {
     fn default() -> Self {
         Network {
             rate: 10_000_000_000,
+            haste: 1,
+            scatter: 0,
             delay: 10 * US,
             jitter: 0,
             queue: 1 << 20,
@@ -98,7 +106,11 @@ impl Network {
         stats.sent += 1;
         let time = self.time(bytes);
         let up = &mut links[from];
-        up.up = up.up.max(now) + time;
+        let scatter = match self.scatter {
+            0 => 0,
+            most => rng.u64(0..=most),
+        };
+        up.up = up.up.max(now + scatter) + time / self.haste;
         let at_switch = up.up + self.delay / 2;
         if links[from].cut_until > now || links[to].cut_until > now {
             stats.cut += 1;

@@ -8,7 +8,8 @@ use freeflow_transport::Connection;
 use freeflow_wire::{Headers, MAX_HEADER_BYTES};
 
 use crate::network::Links;
-use crate::{Network, Qp, Stats};
+use crate::stream::{ACK_BYTES, Ack, SEGMENT_BYTES};
+use crate::{Network, Qp, Stats, Stream};
 
 /// A queue pair's index.
 pub type QpId = usize;
@@ -18,6 +19,9 @@ enum Event {
     Packet(QpId, Vec<u8>, bool),
     Timeout(QpId),
     Receives(QpId, usize, usize),
+    Segment(usize, u64),
+    Ack(usize, Ack),
+    Rto(usize, u64),
 }
 
 /// Hosts, a network, and the time.
@@ -29,6 +33,8 @@ pub struct Sim {
     pub stats: Stats,
     /// All queue pairs.
     pub qps: Vec<Qp>,
+    /// All TCP streams.
+    pub streams: Vec<Stream>,
     /// For whoever makes up the work.
     pub rng: Rng,
     now: u64,
@@ -49,6 +55,7 @@ impl Sim {
             network,
             stats: Stats::default(),
             qps: Vec::new(),
+            streams: Vec::new(),
             rng: Rng::with_seed(seed),
             now: 0,
             places: Vec::new(),
@@ -90,6 +97,36 @@ impl Sim {
         (a, b)
     }
 
+    /// Begins a TCP stream from one host to another, without end.
+    pub fn stream(&mut self, from: usize, to: usize) {
+        self.streams.push(Stream::new((from, to)));
+        self.pump_stream(self.streams.len() - 1);
+    }
+
+    fn pump_stream(&mut self, id: usize) {
+        let hosts = self.streams[id].hosts;
+        while let Some(seq) = self.streams[id].next_segment(self.now) {
+            self.carry(hosts, SEGMENT_BYTES, |_| Event::Segment(id, seq));
+        }
+        if let Some(at) = self.streams[id].rto_at {
+            self.schedule(at, Event::Rto(id, at));
+        }
+    }
+
+    fn carry(&mut self, hosts: (usize, usize), bytes: usize, event: impl Fn(bool) -> Event) {
+        let (times, marked) = self.network.carry(
+            &mut self.links,
+            hosts,
+            bytes,
+            self.now,
+            &mut self.rng,
+            &mut self.stats,
+        );
+        for at in times.into_iter().flatten() {
+            self.schedule(at, event(marked));
+        }
+    }
+
     /// Nothing passes to or from a host for so many nanoseconds.
     pub fn cut(&mut self, host: usize, time: u64) {
         self.links[host].cut_until = self.now.saturating_add(time);
@@ -111,17 +148,10 @@ impl Sim {
         while let Some((headers, payload)) = self.qps[qp].next_packet(self.now) {
             assert_eq!(headers.bth.dest_qp as QpId, peer);
             let packet = build(&headers, &payload);
-            let (times, marked) = self.network.carry(
-                &mut self.links,
-                (host, self.places[peer].0),
-                packet.len(),
-                self.now,
-                &mut self.rng,
-                &mut self.stats,
-            );
-            for at in times.into_iter().flatten() {
-                self.schedule(at, Event::Packet(peer, packet.clone(), marked));
-            }
+            let hosts = (host, self.places[peer].0);
+            self.carry(hosts, packet.len(), |marked| {
+                Event::Packet(peer, packet.clone(), marked)
+            });
         }
         let due = self.qps[qp].requester.next_timeout();
         if let Some(due) = due
@@ -162,6 +192,24 @@ impl Sim {
             Event::Receives(qp, count, bytes) => {
                 self.qps[qp].receives.extend(vec![bytes; count]);
                 qp
+            }
+            Event::Segment(id, seq) => {
+                let ack = self.streams[id].on_segment(seq);
+                let (from, to) = self.streams[id].hosts;
+                self.carry((to, from), ACK_BYTES, |_| Event::Ack(id, ack));
+                return true;
+            }
+            Event::Ack(id, ack) => {
+                self.streams[id].on_ack(ack, at);
+                self.pump_stream(id);
+                return true;
+            }
+            Event::Rto(id, due) => {
+                if self.streams[id].rto_at == Some(due) {
+                    self.streams[id].on_timeout(at);
+                    self.pump_stream(id);
+                }
+                return true;
             }
         };
         self.pump(qp);

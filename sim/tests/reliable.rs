@@ -210,6 +210,7 @@ fn bad_network(rng: &mut Rng) -> Network {
         duplicate: some(rng, 0.05),
         reorder: some(rng, 0.1),
         late: rng.u64(1..2000) * US,
+        ..Network::default()
     }
 }
 

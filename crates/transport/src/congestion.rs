@@ -25,6 +25,11 @@ const INITIAL_PROBE_NS: u64 = 5_000_000;
 /// processor for about so long. Where a probe is of one packet, less will do.
 const MIN_PROBE_NS: u64 = 1_000_000;
 const MIN_SELECTIVE_PROBE_NS: u64 = 250_000;
+/// Nanoseconds from one acknowledgement to the next, and how many there are in a round trip at
+/// least and at most.
+const ACK_SPACING_NS: u64 = 100_000;
+const MIN_ACKS: u64 = 4;
+const MAX_ACKS: u64 = 64;
 /// Growth of delay that ends slow start, at least and at most (RFC 9406, 4.2, for the round-trip
 /// times of a data centre).
 const MIN_DELAY_STEP_NS: u64 = 100_000;
@@ -68,6 +73,13 @@ impl Window {
     /// Full packets that may be under way.
     pub(crate) fn packets(&self) -> f64 {
         self.cwnd
+    }
+
+    /// Acknowledgements that a window is worth, at least: what one allows is sent at once, and a
+    /// queue that is nearly full loses more of long bursts than of the packets of others between
+    /// them. Where round trips are short a burst is, too.
+    pub(crate) fn acks(&self) -> u64 {
+        (self.srtt / ACK_SPACING_NS).clamp(MIN_ACKS, MAX_ACKS)
     }
 
     /// Smoothed round-trip time in nanoseconds; 0: none yet.
@@ -230,6 +242,19 @@ mod tests {
                 "{x}"
             );
         }
+    }
+
+    #[test]
+    fn long_round_trips_have_more_acknowledgements() {
+        let mut w = Window::default();
+        assert_eq!(w.acks(), MIN_ACKS);
+        w.on_rtt(50_000);
+        assert_eq!(w.acks(), MIN_ACKS);
+        let mut w = Window::default();
+        w.on_rtt(2_000_000);
+        assert_eq!(w.acks(), 20);
+        w.on_rtt(1_000_000_000);
+        assert_eq!(w.acks(), MAX_ACKS);
     }
 
     #[test]

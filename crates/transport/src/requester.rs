@@ -459,7 +459,7 @@ impl Requester {
             true => ROUTER_ACK_EVERY,
             false => ACK_EVERY,
         };
-        let often = self.unasked >= ack_every || self.unasked_bytes >= room / 4;
+        let often = self.unasked >= ack_every || self.unasked_bytes >= room / self.window.acks();
         let ask = last || full || often || lost.is_some() || slot.is_answered();
         if ask {
             (self.unasked, self.unasked_bytes) = (0, 0);
