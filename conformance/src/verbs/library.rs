@@ -123,12 +123,16 @@ pub(crate) fn library() -> &'static Library {
     })
 }
 
+type AllocBuf = unsafe extern "C" fn(*mut ibv_pd, usize, *mut *mut ibv_buf) -> *mut c_void;
+type FreeBuf = unsafe extern "C" fn(*mut ibv_buf);
+type RegBufMr =
+    unsafe extern "C" fn(*mut ibv_pd, *mut ibv_buf, *mut c_void, usize, c_int) -> *mut ibv_mr;
+
 /// Functions of `IBVERBS_1.17`, which the oldest library that the suite runs on does not have.
 pub(crate) struct Buffers {
-    pub(crate) alloc: unsafe extern "C" fn(*mut ibv_pd, usize, *mut *mut ibv_buf) -> *mut c_void,
-    pub(crate) free: unsafe extern "C" fn(*mut ibv_buf),
-    pub(crate) register:
-        unsafe extern "C" fn(*mut ibv_pd, *mut ibv_buf, *mut c_void, usize, c_int) -> *mut ibv_mr,
+    pub(crate) alloc: AllocBuf,
+    pub(crate) free: FreeBuf,
+    pub(crate) register: RegBufMr,
 }
 
 /// `ibv_alloc_buf(3)` and what belongs to it, if the library has them.
@@ -142,9 +146,9 @@ pub(crate) fn buffers() -> Option<Buffers> {
     // SAFETY: the symbols of these names and this version have these types in the header.
     unsafe {
         Some(Buffers {
-            alloc: core::mem::transmute::<*mut c_void, _>(alloc),
-            free: core::mem::transmute::<*mut c_void, _>(free),
-            register: core::mem::transmute::<*mut c_void, _>(register),
+            alloc: core::mem::transmute::<*mut c_void, AllocBuf>(alloc),
+            free: core::mem::transmute::<*mut c_void, FreeBuf>(free),
+            register: core::mem::transmute::<*mut c_void, RegBufMr>(register),
         })
     }
 }
