@@ -310,3 +310,18 @@ fn where_it_cannot_be_had_one_line_says_what_to_do() {
     // The host's network needs none of it.
     forbidden(&["run", "--", "true"]).success().unwrap();
 }
+
+/// Who installs a new version does not disturb the router that runs.
+#[test]
+fn a_tenant_comes_after_the_command_was_replaced() {
+    for place in Place::private("private networks of a replaced command") {
+        let first = start(&place, &["--tenant", "first"], "sleep 1000");
+        let (old, new) = (place.binary(), place.binary().with_extension("new"));
+        std::fs::copy(&old, &new).unwrap();
+        std::fs::rename(&new, &old).unwrap();
+        place
+            .clean(&private(&["--tenant", "second"], &["true"]))
+            .unwrap();
+        drop(first);
+    }
+}
