@@ -3,7 +3,7 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use freeflow_wire::cm::{self, IpCm, Mad, Message};
-use freeflow_wire::{Addresses, Flow, Headers, ICRC_BYTES, icrc, verify};
+use freeflow_wire::{Addresses, BthOpcode, Flow, Headers, ICRC_BYTES, icrc, verify};
 
 /// Bytes as a datagram: a packet that is read can be written, and then is read alike; so are the
 /// communication manager's messages in it; and no bit of it can change without its CRC.
@@ -27,9 +27,16 @@ pub fn wire(data: &[u8]) {
     }
     // Bytes that routers do not change; the CRC is blind to some of the others.
     let at = 8 + usize::from(choice);
-    // Nor of a payload that it does not cover.
-    let at = match Headers::parse(body) {
-        Ok((headers, _)) if headers.bth.header_crc => at.min(headers.len() - 1),
+    // Nor of a payload that it does not cover, whether the packet is a good one or not.
+    let at = match body {
+        [opcode, _, _, _, _, _, _, _, flags, ..] if flags & 0x40 != 0 => {
+            let len = BthOpcode(*opcode).header_len();
+            if body.len() < len {
+                at
+            } else {
+                at.min(len - 1)
+            }
+        }
         _ => at,
     };
     if let Some(byte) = sealed.get_mut(at) {
