@@ -18,7 +18,7 @@ const PACKAGES: [&str; 4] = [
 ];
 
 /// Tests that the sanitizer is not run on, and why.
-const UNFIT: [(&str, &str); 5] = [
+const UNFIT: [(&str, &str); 6] = [
     (
         "locked_memory_stays_locked",
         "the sanitizer makes mlock do nothing",
@@ -34,6 +34,10 @@ const UNFIT: [(&str, &str); 5] = [
     (
         "moved_memory_stays_shared",
         "the sanitizer's allocator may map memory where some was moved from",
+    ),
+    (
+        "memory_may_be_unmapped_first",
+        "the sanitizer's allocator may map memory where some was unmapped",
     ),
     (
         "the_kernel_answers",
