@@ -12,7 +12,7 @@ pub struct Checker {
 }
 
 impl Checker {
-    /// As [`compiled`].
+    /// As [`compiled()`].
     pub fn new(name: &'static str) -> Option<Checker> {
         let program = compiled(name)?;
         Some(Checker { program })

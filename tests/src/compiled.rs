@@ -13,7 +13,7 @@ pub fn compiled(name: &'static str) -> Option<String> {
     compiled_by("gcc", name, &["-libverbs", "-lrdmacm", "-ldl", "-lpthread"])
 }
 
-/// As [`compiled`], by another compiler, with its libraries.
+/// As [`compiled()`], by another compiler, with its libraries.
 pub fn compiled_by(
     compiler: &'static str,
     name: &'static str,

@@ -35,7 +35,7 @@ pub struct Bth {
     pub dest_qp: u32,
     /// The responder is to acknowledge.
     pub ack_req: bool,
-    /// The packet's CRC covers its headers alone, see [`icrc`](crate::icrc): of FreeFlow routers that
+    /// The packet's CRC covers its headers alone, see the module `icrc`: of FreeFlow routers that
     /// agreed on it. In the standard the bit is reserved, and 0.
     pub header_crc: bool,
     /// Packet sequence number.
