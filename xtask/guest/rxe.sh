@@ -1,6 +1,6 @@
 # Rates of FreeFlow and of the kernel's rxe, measured in turn on this machine: lines of a name and
-# MiB/s. $1: the directory with FreeFlow's programs and libraries; $2: how often; $3: what netem loses,
-# in per cent, one after the other.
+# MiB/s, or connections per second. $1: the directory with FreeFlow's programs and libraries; $2: how
+# often; $3: what netem loses, in per cent, one after the other.
 #
 # rxe0 and rxe1 are at the ends of a veth pair. FreeFlow's hosts are two network namespaces whose
 # veth pairs end in a bridge between them. Where packets are lost, FreeFlow's trains are split
@@ -57,6 +57,47 @@ rate() {
     wait $pid
 }
 
+connections=200
+rxe_cm() { $limit cmtime -c $connections "$@"; }
+local_cm() { local ip=$1; shift; on 0 run --ip $ip -- $limit cmtime -c $connections "$@"; }
+awaited() {
+    case $1 in
+        rxe) rdma resource show cm_id | grep -q "state LISTEN" ;;
+        local) on 0 status -o json | grep -Eq '"cm_listeners": *[1-9]' ;;
+    esac
+}
+
+# connect NAME KIND: connections made, accepted and ended by the connection manager, one step after the
+# other, with all that they need.
+connect() {
+    local name=$1 kind=$2 tries=600 pid
+    while awaited $kind && [ $((tries -= 1)) -gt 0 ]; do sleep 0.1; done
+    case $kind in
+        rxe) rxe_cm -b 10.77.0.2 ;;
+        local) local_cm 10.1.0.1 ;;
+    esac > /out/server 2>&1 &
+    pid=$!
+    until awaited $kind; do
+        kill -0 $pid 2> /dev/null && [ $((tries -= 1)) -gt 0 ] || break
+        sleep 0.1
+    done
+    case $kind in
+        rxe) rxe_cm -b 10.77.0.1 -s 10.77.0.2 ;;
+        local) local_cm 10.1.0.2 -s 10.1.0.1 ;;
+    esac > /out/client 2>&1
+    # A step has its milliseconds behind its name; each must be there.
+    awk -F: -v name="$name" -v connections=$connections '
+        /^step/ { rows = 1; next }
+        rows && NF == 2 { split($2, at, " "); sum += at[1]; steps++ }
+        END {
+            if (steps >= 7 && sum > 0) print name, connections * 1000 / sum
+            else { print name, "failed"; exit 1 }
+        }' /out/client || tail -n 20 /out/client /out/server
+    # It serves until it is killed; what has started it ends with it.
+    pkill -x cmtime
+    wait $pid
+}
+
 # lose PERCENT: both ways, for both; 0 for none.
 lose() {
     local verb
@@ -70,6 +111,8 @@ for _ in $(seq "$runs"); do
     rate local local
     rate hosts hosts
     rate rxe rxe
+    connect local-cm local
+    connect rxe-cm rxe
 done
 for i in 0 1; do ip -n h$i link set eth0 gso_max_segs 1; done
 for percent in $losses; do

@@ -430,9 +430,14 @@ impl Bench {
                 rows.push(((name, left), ("no loss".to_owned(), whole), target));
             }
         }
+        let connections = ("rxe in it".to_owned(), rate("rxe-cm")?);
+        let local = rate("local-cm")?;
         for ((name, figure), peer, target) in rows {
             self.row(name, (figure, "MiB/s"), peer, target);
         }
+        let name = "cmtime on one host, connections, in a guest".to_owned();
+        let five = Target::AtLeast(5.0, "at least 5");
+        self.row(name, (local, "/s"), connections, five);
         Ok(())
     }
 
