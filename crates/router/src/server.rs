@@ -408,10 +408,9 @@ impl Server {
             return self.turns.add(connection.endpoint, Ready::Message(number));
         }
         // The library waits for each answer before it asks again: there is room for it.
-        if send_answer(&connection.socket, &answer) {
-            self.watch(number);
-        } else {
-            self.close(number, EndReason::DoesNotRead);
+        match send_answer(&connection.socket, &answer) {
+            Ok(()) => self.watch(number),
+            Err(reason) => self.close(number, reason),
         }
     }
 
@@ -435,10 +434,13 @@ impl Server {
             Err(Errno::PROTONOSUPPORT)
         };
         let end = match begun {
-            Ok(answer) if send_answer(socket, &answer) => return self.watch(number),
-            Ok(_) => EndReason::DoesNotRead,
+            Ok(answer) => match send_answer(socket, &answer) {
+                Ok(()) => return self.watch(number),
+                Err(reason) => reason,
+            },
             Err(errno) => {
-                send_answer(socket, &refusal(errno));
+                // It ends in any case.
+                let _ = send_answer(socket, &refusal(errno));
                 if version == PROTOCOL_VERSION {
                     EndReason::Closed
                 } else {
@@ -492,11 +494,14 @@ fn refusal(errno: Errno) -> Answer {
     }
 }
 
-/// Sends an answer; false if it cannot be sent, or there is no room.
-fn send_answer(socket: &OwnedFd, answer: &Answer) -> bool {
-    let Some(bytes) = encode_reply(&answer.reply) else {
-        return false;
-    };
+/// Sends an answer; an error is why the session ends: there is no room for it, or the library went
+/// without waiting for it, as when its process executes another program.
+fn send_answer(socket: &OwnedFd, answer: &Answer) -> Result<(), EndReason> {
+    let bytes = encode_reply(&answer.reply).ok_or(EndReason::DoesNotRead)?;
     let fds: Vec<BorrowedFd<'_>> = answer.fds.iter().map(|fd| fd.as_fd()).collect();
-    send_packet(socket, &bytes, &fds, SendFlags::DONTWAIT).is_ok()
+    match send_packet(socket, &bytes, &fds, SendFlags::DONTWAIT) {
+        Ok(()) => Ok(()),
+        Err(Errno::PIPE | Errno::CONNRESET) => Err(EndReason::Closed),
+        Err(_) => Err(EndReason::DoesNotRead),
+    }
 }
