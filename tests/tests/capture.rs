@@ -1,6 +1,7 @@
 //! What goes between two hosts, as tshark sees it.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use freeflow_tests::{DEADLINE, Hosts, Running, Underlay, have, skip, wait_until};
 use freeflow_wire::BthOpcode;
@@ -67,6 +68,15 @@ fn tshark_understands_every_packet() {
         for (program, args) in PROGRAMS {
             hosts.pair(program, args).unwrap();
         }
+        // It is told of packets some at a time, and ends with those that it was told of.
+        let mut written = 0;
+        wait_until("dumpcap has written all", DEADLINE, || {
+            std::thread::sleep(Duration::from_millis(1000));
+            let before = written;
+            written = file.metadata().map_or(0, |file| file.len());
+            written == before
+        })
+        .unwrap();
         dumping.signal(rustix::process::Signal::INT);
         dumping.wait(DEADLINE).unwrap().success().unwrap();
         understood(path);
