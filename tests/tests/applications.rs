@@ -1,5 +1,5 @@
-//! What people run over verbs, unmodified: MPI, block storage over iSER, and virtual machines that
-//! move from one QEMU to another.
+//! What people run over verbs, unmodified: MPI, uDAPL, block storage over iSER, and virtual machines
+//! that move from one QEMU to another.
 
 use std::path::Path;
 use std::process::Command;
@@ -136,6 +136,48 @@ fn an_mpi_rank_may_be_killed() {
         assert!(!ended.status.success(), "{ended}");
         bed.wait_for_status(|status| count(status, "qps") == 0, DEADLINE)
             .unwrap();
+    }
+}
+
+/// Its provider over the connection manager, which looks for the device by an interface, and the one
+/// that connects queue pairs over TCP.
+#[test]
+fn udapl_over_each_of_its_providers() {
+    let programs = [
+        ("dtest", "waiting for client", "Test Complete. PASSED"),
+        ("dtestx", "waiting to snd addr", "immed/atomic test PASSED"),
+        ("dtestsrq", "Accepting", "SRQ Test Complete"),
+    ];
+    if !programs.iter().all(|program| have(program.0)) {
+        return;
+    }
+    let bed = Bed::new().unwrap();
+    if !bed.has_private_networks("udapl_over_each_of_its_providers") {
+        return;
+    }
+    let providers = tempfile::NamedTempFile::new().unwrap();
+    let text = "cma u2.0 nonthreadsafe default libdaplofa.so.2 dapl.2.0 \"eth0 0\" \"\"\n\
+                scm u2.0 nonthreadsafe default libdaploscm.so.2 dapl.2.0 \"freeflow0 1\" \"\"\n";
+    std::fs::write(providers.path(), text).unwrap();
+    let (server, client) = ("10.79.1.1", "10.79.1.2");
+    let start = |ip, args: &[&str]| {
+        let mut run = bed.freeflow();
+        run.env("DAT_OVERRIDE", providers.path());
+        run.args(["run", "--network", "private", "--ip", ip, "--"]);
+        // That it waits is said by lines.
+        Running::start(run.args(["stdbuf", "-oL"]).args(args)).unwrap()
+    };
+    for (program, ready, passed) in programs {
+        for provider in ["cma", "scm"] {
+            let args = [program, "-P", provider];
+            let serving = start(server, &args);
+            serving.wait_for(ready, DEADLINE).unwrap();
+            let using = start(client, &[&args[..], &["-h", server]].concat());
+            for end in [using, serving] {
+                let said = end.wait(DEADLINE).and_then(Ended::success).unwrap();
+                assert!(said.stdout.contains(passed), "{provider}: {said}");
+            }
+        }
     }
 }
 

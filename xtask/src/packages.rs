@@ -21,9 +21,10 @@ pub(crate) const PROGRAMS: [&str; 11] = [
 ];
 
 /// What people run over verbs: tests alone do.
-pub(crate) const APPLICATIONS: [&str; 8] = [
+pub(crate) const APPLICATIONS: [&str; 9] = [
     "openmpi-bin",
     "mpich",
+    "dapl2-utils",
     "tgt",
     "libiscsi-bin",
     "qemu-block-extra",
