@@ -6,8 +6,9 @@ use crate::connection::emit;
 
 /// What a message is answered with that is for an address which nobody has, or has any more, so
 /// that its sender does not wait in vain: who asks for a connection or a service is rejected, and
-/// who asks for an end is told that it has come. None if nobody waits for an answer.
-pub fn answer_for_the_gone(mad: &[u8]) -> Option<Vec<u8>> {
+/// who asks for an end is told that it has come. None if nobody waits for an answer; and, unless it is
+/// `sure` that the other side is gone, for messages of what has begun: it may only be out of reach.
+pub fn answer_for_the_gone(mad: &[u8], sure: bool) -> Option<Vec<u8>> {
     let mad = Mad::parse(mad).ok()?;
     let reject = |(local_id, remote_id), message, reason| {
         Message::Rej(Rej {
@@ -22,11 +23,11 @@ pub fn answer_for_the_gone(mad: &[u8]) -> Option<Vec<u8>> {
     };
     let answer = match mad.message {
         Message::Req(req) => reject((0, req.local_id), Rejected::Req, Rej::INVALID_GID),
-        Message::Rep(rep) => {
+        Message::Rep(rep) if sure => {
             let names = (rep.remote_id, rep.local_id);
             reject(names, Rejected::Rep, Rej::INVALID_COMM_ID)
         }
-        Message::Dreq(dreq) => Message::Drep(Drep {
+        Message::Dreq(dreq) if sure => Message::Drep(Drep {
             local_id: dreq.remote_id,
             remote_id: dreq.local_id,
             private: [0; 224],

@@ -189,9 +189,13 @@ impl Engine {
         self.receive_cm(&Arrival { ports, source }, mad);
     }
 
-    /// Answers a datagram to an address that nobody has any more, here or on another host.
+    /// Answers a datagram to an address that nobody has, here or on another host, as far as is known.
     fn send_cm_from_nobody(&mut self, from: &Port, to: Gid, mad: &[u8]) {
-        if let Some(answer) = answer_for_the_gone(mad) {
+        let Some(e) = self.endpoints.get(from.endpoint) else {
+            return;
+        };
+        let sure = self.network.is_own(&e.tenant_name, to);
+        if let Some(answer) = answer_for_the_gone(mad, sure) {
             let (ports, source) = (vec![*from], to);
             self.receive_cm(&Arrival { ports, source }, &answer);
         }

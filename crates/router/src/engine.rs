@@ -222,8 +222,8 @@ impl Engine {
         }
         self.flush_network();
         let more = self.see_some_off() | self.fail_some();
-        let busy =
-            more || turns != 0 || received || !self.line.is_empty() || !self.ending.is_empty();
+        let left = !self.line.is_empty() || !self.ending.is_empty() || self.has_cm_mail();
+        let busy = more || turns != 0 || received || left;
         if !busy || now >= self.cool_due {
             self.cool_down();
             self.cool_due = now.saturating_add(self.patience());
@@ -244,7 +244,7 @@ impl Engine {
     /// was made meanwhile, [`Self::poll`] would find something to do, or something to watch, or a
     /// timer is due earlier.
     pub(crate) fn wants_a_round(&self) -> bool {
-        let work = !self.line.is_empty() || !self.hot.is_empty();
+        let work = !self.line.is_empty() || !self.hot.is_empty() || self.has_cm_mail();
         let ends = !self.leaving.is_empty() || !self.overrun.is_empty() || !self.ending.is_empty();
         let earlier = |at| self.sleeps_until.is_none_or(|until| at < until);
         work || ends || self.network.wants_a_round() || self.next_due().is_some_and(earlier)
@@ -332,10 +332,14 @@ impl Engine {
 
     /// What a queue pair waited for is there, or its time is over.
     pub(crate) fn resume(&mut self, qp: Handle) {
+        self.end_wait(qp);
+        self.make_ready(qp);
+    }
+
+    fn end_wait(&mut self, qp: Handle) {
         self.cancel_timer(qp);
         if let Some(q) = self.qps.get_mut(qp) {
             q.waiting = Waiting::No;
-            self.make_ready(qp);
         }
     }
 
@@ -351,12 +355,9 @@ impl Engine {
                 QpState::Rts => q.current.is_some() || posted(),
                 QpState::Sqd | QpState::Sqe | QpState::Err => true,
             };
+        self.end_wait(qp);
         if busy {
-            return self.resume(qp);
-        }
-        self.cancel_timer(qp);
-        if let Some(q) = self.qps.get_mut(qp) {
-            q.waiting = Waiting::No;
+            self.make_ready(qp);
         }
     }
 

@@ -158,6 +158,8 @@ pub(crate) struct Drops {
 pub(crate) struct Network {
     fabric: Option<RoceFabric>,
     map: Map,
+    /// Whether there was a map with other hosts, this one or one before.
+    had_others: bool,
     pub(crate) peers: Peers,
     batch: Datagrams,
     /// Whether the sockets are looked at in each round.
@@ -267,6 +269,7 @@ impl Network {
 
     /// Puts a map in place of the one that there was.
     pub(crate) fn set_map(&mut self, map: Map) {
+        self.had_others |= map.peers().next().is_some();
         self.map = map;
     }
 }

@@ -18,6 +18,8 @@ use crate::{EndReason, Hosts};
 const HERE: &str = "192.0.2.1";
 const THERE: &str = "192.0.2.2";
 const STOCK: &str = "192.0.2.7";
+/// The map's lines of the other host.
+const OTHERS: &str = "t 10.77.0.2 192.0.2.2\nu 10.77.0.2 192.0.2.2";
 
 fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
@@ -26,10 +28,13 @@ fn ip(text: &str) -> IpAddr {
 /// A host at an address, with the map of both.
 fn host(own: &str) -> Host {
     let mut host = Host::new();
-    let map = format!("t {A} {HERE}\nt {B} {THERE}\nu {B} {THERE}");
-    let map = Map::new(Hosts::parse(&map).unwrap(), ip(own));
-    host.engine.network.set_map(map);
+    set_map(&mut host, own, &format!("t {A} {HERE}\n{OTHERS}"));
     host
+}
+
+fn set_map(host: &mut Host, own: &str, map: &str) {
+    let map = Map::new(Hosts::parse(map).unwrap(), ip(own));
+    host.engine.network.set_map(map);
 }
 
 /// Gives a host a datagram of another one.
@@ -194,26 +199,52 @@ fn who_disconnects_from_an_endpoint_that_is_gone_is_answered() {
 
 #[test]
 fn an_address_that_another_host_has_not_is_told_of_at_once() {
+    // It has gone there, or a new router there has never had one of the tenant's.
+    for new_router in [false, true] {
+        let mut pair = Pair::new();
+        let [here, there] = &mut pair.hosts;
+        let [a, b] = &pair.programs;
+        let endpoint = there
+            .engine
+            .sessions
+            .get(b.process.session)
+            .unwrap()
+            .endpoint;
+        there.engine.remove_endpoint(endpoint);
+        if new_router {
+            *there = host(THERE);
+        }
+        let id = a.routed(here, PortSpace::Tcp, B);
+        a.connect(here, id, param(3, b""));
+        for one in here.engine.cm.abroad.take() {
+            assert_eq!(give(there, HERE, &one.payload, QKEY).unknown_qp, 1);
+        }
+        for one in there.engine.cm.abroad.take() {
+            assert_eq!(give(here, THERE, &one.payload, QKEY), Drops::default());
+        }
+        a.expect(here, Kind::Rejected, 12);
+        a.quiet(here);
+    }
+}
+
+/// A map without a host says nothing of what was connected with it.
+#[test]
+fn who_disconnects_from_a_host_that_the_map_has_lost_goes_on_trying() {
     let mut pair = Pair::new();
-    let [here, there] = &mut pair.hosts;
-    let [a, b] = &pair.programs;
-    let endpoint = there
-        .engine
-        .sessions
-        .get(b.process.session)
-        .unwrap()
-        .endpoint;
-    there.engine.remove_endpoint(endpoint);
-    let id = a.routed(here, PortSpace::Tcp, B);
-    a.connect(here, id, param(3, b""));
-    for one in here.engine.cm.abroad.take() {
-        assert_eq!(give(there, HERE, &one.payload, QKEY).unknown_qp, 1);
-    }
-    for one in there.engine.cm.abroad.take() {
-        assert_eq!(give(here, THERE, &one.payload, QKEY), Drops::default());
-    }
-    a.expect(here, Kind::Rejected, 12);
+    let (id, peer) = pair.connected();
+    let own = format!("t {A} {HERE}");
+    let [here, _] = &mut pair.hosts;
+    let [a, _] = &pair.programs;
+    set_map(here, HERE, &own);
+    a.done(here, disconnect(id));
     a.quiet(here);
+    set_map(here, HERE, &format!("{own}\n{OTHERS}"));
+    pair.later(10 * SECOND);
+    pair.carry();
+    let ([_, there], [_, b]) = (&mut pair.hosts, &pair.programs);
+    b.expect(there, Kind::Disconnected, 0);
+    b.done(there, disconnect(peer));
+    pair.carry();
 }
 
 #[test]

@@ -73,6 +73,12 @@ impl Network {
     pub(crate) fn has_way(&self, tenant: &str, gid: Gid) -> bool {
         self.map.find(tenant, gid).is_some()
     }
+
+    /// Whether an endpoint of a tenant, if there is one, is on this host: no map that may have changed
+    /// can have had it elsewhere.
+    pub(crate) fn is_own(&self, tenant: &str, gid: Gid) -> bool {
+        !self.had_others || self.map.gives_here(tenant, gid)
+    }
 }
 
 impl Engine {
@@ -101,6 +107,11 @@ impl Engine {
             mad.to_vec()
         };
         self.cm.abroad.push(host, payload);
+    }
+
+    /// Whether there is something that can be sent now.
+    pub(crate) fn has_cm_mail(&self) -> bool {
+        !self.network.full && self.network.fabric.is_some() && !self.cm.abroad.waiting.is_empty()
     }
 
     /// Sends what waits, unless packets are just being received: then it is sent after that.
@@ -164,7 +175,7 @@ impl Engine {
 
     /// Nobody has the address that a message is for.
     fn answer_for_the_gone(&mut self, host: IpAddr, tenant: &str, ends: (Gid, Gid), mad: &[u8]) {
-        if let Some(mad) = answer_for_the_gone(mad) {
+        if let Some(mad) = answer_for_the_gone(mad, true) {
             let (from, to) = ends;
             self.cm.abroad.push(host, in_front(from, to, tenant, &mad));
         }
@@ -193,15 +204,20 @@ impl Engine {
             self.network.drops.no_link += 1;
             return None;
         }
-        let Some(&id) = self.tenants.get(tenant) else {
-            self.network.drops.unknown_qp += 1;
-            return None;
+        // None: no endpoint of the tenant was ever here.
+        let id = self.tenants.get(tenant).copied();
+        let believed = match id {
+            Some(id) => self.speaks_for(packet.src, (id, tenant), source),
+            None => self.network.map.find(tenant, source) == Some(packet.src),
         };
-        if !self.speaks_for(packet.src, (id, tenant), source) {
-            self.network.drops.wrong_host += 1;
+        if !believed {
+            match id {
+                Some(_) => self.network.drops.wrong_host += 1,
+                None => self.network.drops.unknown_qp += 1,
+            }
             return None;
         }
-        let here = self.by_gid.get(&(id, to)).copied();
+        let here = id.and_then(|id| self.by_gid.get(&(id, to)).copied());
         if here.is_none() {
             self.answer_for_the_gone(packet.src, tenant, (to, source), mad);
         }

@@ -58,6 +58,12 @@ impl Map {
         found.filter(|&host| Some(host) != self.local)
     }
 
+    /// Whether the map says that an endpoint is on this host.
+    pub(super) fn gives_here(&self, tenant: &str, gid: Gid) -> bool {
+        let found = self.hosts.find(tenant, gid);
+        found.is_some() && found == self.local
+    }
+
     /// The other hosts that may have endpoints of a tenant.
     pub(super) fn others(&self, tenant: &str) -> impl Iterator<Item = IpAddr> {
         let all = self.hosts.of_tenant(tenant);
