@@ -35,6 +35,15 @@ pub(crate) struct Range {
     pub(crate) len: u64,
 }
 
+impl Range {
+    fn overlaps(&self, other: Range) -> bool {
+        // Ranges of areas are far from where numbers end.
+        self.area == other.area
+            && self.offset < other.offset + other.len
+            && other.offset < self.offset + self.len
+    }
+}
+
 /// One memfd.
 #[derive(Debug)]
 pub(crate) struct Area {
@@ -159,6 +168,9 @@ impl Areas {
     /// handed out.
     pub(crate) fn free(&mut self, range: Range) -> Result<(), Errno> {
         self.handed_out(range)?;
+        if self.leaving.iter().any(|leaving| leaving.overlaps(range)) {
+            return Err(Errno::INVAL);
+        }
         if range.len > BACK_AT_ONCE {
             self.leaving.push(range);
             return Ok(());
@@ -181,11 +193,8 @@ impl Areas {
         if range.len != 0 {
             self.leaving.push(range);
         }
-        // The session may have named its pages twice. What the system does not take back stays
-        // handed out.
-        if self.handed_out(first).is_ok() {
-            let _ = self.give_back(first);
-        }
+        // What the system does not take back stays handed out.
+        let _ = self.give_back(first);
         true
     }
 
@@ -383,11 +392,26 @@ mod tests {
     #[test]
     fn a_large_range_comes_back_once_though_it_is_given_back_twice() {
         let mut areas = Areas::slabs();
-        let range = areas.alloc(2 * BACK_AT_ONCE).unwrap();
+        let range = areas.alloc(3 * BACK_AT_ONCE).unwrap();
         let kept = areas.alloc(page_size()).unwrap();
-        // Both were handed out when they were named.
+        let part = |offset, len| Range {
+            offset: range.offset + offset,
+            len,
+            ..range
+        };
         areas.free(range).unwrap();
-        areas.free(range).unwrap();
+        for again in [
+            range,
+            part(BACK_AT_ONCE, 2 * BACK_AT_ONCE),
+            part(0, page_size()),
+            part(3 * BACK_AT_ONCE - page_size(), page_size()),
+        ] {
+            assert_eq!(areas.free(again), Err(Errno::INVAL));
+        }
+        // Of what has come back already, too.
+        assert!(areas.free_some());
+        assert_eq!(areas.free(range), Err(Errno::INVAL));
+        assert_eq!(areas.free(part(0, page_size())), Err(Errno::INVAL));
         while areas.free_some() {}
         assert_eq!(areas.used(), kept.len);
         let free = &areas.areas[0].free;

@@ -1,4 +1,4 @@
-//! What the router's two threads share, and the thread that polls the engine.
+//! What the router's threads share, and the thread that polls the engine.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -104,7 +104,8 @@ impl Shared {
     }
 
     /// Nanoseconds of `CLOCK_MONOTONIC`: completions carry them, and programs compare these with
-    /// what the library reads of that clock (`ibv_query_rt_values_ex(3)`).
+    /// what the library reads of that clock (`ibv_query_rt_values_ex(3)`). A container with a time
+    /// namespace of its own reads another one.
     pub(crate) fn now(&self) -> u64 {
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
         (now.tv_sec as u64)

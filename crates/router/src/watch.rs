@@ -10,7 +10,7 @@ pub(crate) const ROUND_LIMIT: Duration = Duration::from_millis(500);
 /// the numbers order nothing.
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
-    /// Nanoseconds since the router's start at which the present round began, plus one; 0 between
+    /// Nanoseconds of the engine's clock at which the present round began, plus one; 0 between
     /// rounds.
     since: AtomicU64,
     qpn: AtomicU32,
