@@ -437,6 +437,21 @@ fn all_addresses_are_had_where_bytes_are_not_limited() {
         access: Some(access | Access::REMOTE_WRITE),
     });
     assert_eq!(host.ask(change), Ok(Reply::Done));
+    // It does not become one of more bytes than there may be, nor one that must be there.
+    let mut large = host.translation();
+    (large.len, large.pieces[0].len) = (2 << 30, 2 << 30);
+    large.pieces[0].kind = PieceKind::Foreign { addr: 0x1000 };
+    let rereg = |translation, access| {
+        Request::ReregMr(ReregMr {
+            mr: second,
+            pd: None,
+            translation,
+            access: Some(access),
+        })
+    };
+    assert_eq!(host.ask(rereg(Some(large), access)), Err(Errno::NOMEM));
+    let pinned = rereg(None, Access::LOCAL_WRITE);
+    assert_eq!(host.ask(pinned), Err(Errno::INVAL));
     // A region of less does not become one of all.
     let mut small = host.translation();
     small.pieces[0].kind = PieceKind::Foreign { addr: 0x1000 };

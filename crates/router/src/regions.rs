@@ -156,6 +156,10 @@ impl Engine {
         }
         if let Some(access) = request.access {
             check_access(access)?;
+            let everything = claim(&self.own_mr(session, request.mr)?.pieces) == u64::MAX;
+            if everything && request.translation.is_none() && !access.contains(Access::ON_DEMAND) {
+                return Err(Errno::INVAL);
+            }
         }
         let pd = request.pd.unwrap_or(old_pd);
         if self.own_pd(session, pd)?.context != context {
@@ -167,8 +171,13 @@ impl Engine {
         };
         if let Some((.., pieces)) = &place {
             self.check_session(session, Held::pieces(pieces.len()))?;
-            let old = claim(&self.own_mr(session, request.mr)?.pieces);
-            let more = claim(pieces).saturating_sub(old);
+            let m = self.own_mr(session, request.mr)?;
+            // A region of all addresses counts as no bytes, but one that is allowed stays so.
+            let (old, new) = (claim(&m.pieces), claim(pieces));
+            let more = match (old, new) {
+                (u64::MAX, u64::MAX) => 0,
+                _ => new.saturating_sub(m.weight().0),
+            };
             self.check_quota(session, Resource::Registered, more)?;
         }
         let m = self.own_mr(session, request.mr)?;
