@@ -21,6 +21,7 @@ use rustix::fs::FlockOperation;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags};
 
 use crate::bridges::{Bridges, MakeBridge};
+use crate::hosts::is_tenant;
 use crate::{EndpointSpec, Hosts, Router, RouterError};
 
 /// Connections served at once.
@@ -531,12 +532,6 @@ fn next_name(taken: &HashSet<&str>) -> String {
         .unwrap_or_default()
 }
 
-/// The map of hosts holds tenants as words.
-fn is_tenant(name: &str) -> bool {
-    let bad = |c: char| c.is_whitespace() || c.is_control() || c == '#';
-    !name.is_empty() && !name.contains(bad)
-}
-
 /// Names are parts of file names.
 fn is_name(name: &str) -> bool {
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
@@ -569,19 +564,6 @@ mod tests {
         assert!(is_name("web-1.a_b"));
         for bad in ["", ".", "..", "a/b", "a b", "\u{e9}", &"x".repeat(64)] {
             assert!(!is_name(bad), "{bad}");
-        }
-    }
-
-    #[test]
-    fn tenants_are_words_of_the_map() {
-        for good in ["default", "a/b", "\u{e9}t\u{e9}", "t-1"] {
-            assert!(is_tenant(good), "{good}");
-            let map = format!("{good} 10.0.0.0/8 192.0.2.1");
-            let gid = VirtualIp([10, 0, 0, 1].into()).into();
-            assert!(Hosts::parse(&map).unwrap().find(good, gid).is_some());
-        }
-        for bad in ["", "a b", "\n", "#", "a#b", "\u{a0}", "\u{1b}"] {
-            assert!(!is_tenant(bad), "{bad:?}");
         }
     }
 

@@ -18,6 +18,9 @@ pub struct HostsError {
     what: String,
 }
 
+/// The longest name of a tenant.
+const MAX_TENANT_BYTES: usize = u8::MAX as usize;
+
 const FORM: &str = "each line is TENANT ADDRESS[/BITS] [NAME@]HOST, as in \"default 10.77.2.0/24 \
                     192.0.2.2\"";
 
@@ -46,6 +49,13 @@ struct Tenant {
     routers: BTreeSet<IpAddr>,
 }
 
+/// Whether a tenant may be called so: the map holds the name as a word, and messages between hosts
+/// its length as a byte.
+pub(crate) fn is_tenant(name: &str) -> bool {
+    let bad = |c: char| c.is_whitespace() || c.is_control() || c == '#';
+    !name.is_empty() && name.len() <= MAX_TENANT_BYTES && !name.contains(bad)
+}
+
 impl Hosts {
     /// Reads a map: a line for each address or network, with its tenant, and the host's address in
     /// the network between hosts, in front of which may be the name in its certificate and `@`. `#`
@@ -61,6 +71,10 @@ impl Hosts {
             };
             match fields[..] {
                 [] => {}
+                [tenant, ..] if !is_tenant(tenant) => {
+                    let what = format!("{tenant:?} is no name for a tenant");
+                    return Err(error(what));
+                }
                 [tenant, network, host] => {
                     let (name, address) = match host.split_once('@') {
                         Some((name, address)) => (Some(name), address),
@@ -233,6 +247,24 @@ mod tests {
             let error = mixed.check_reach(local.parse().unwrap()).unwrap_err();
             assert_eq!(error.line, line, "{error}");
             assert!(error.to_string().contains(said), "{error}");
+        }
+    }
+
+    #[test]
+    fn tenants_are_words_of_the_map() {
+        let (longest, longer) = ("\u{e9}".repeat(127) + "x", "x".repeat(256));
+        for good in ["default", "a/b", "\u{e9}t\u{e9}", "t-1", &longest] {
+            assert!(is_tenant(good), "{good}");
+            let map = format!("{good} 10.0.0.0/8 192.0.2.1");
+            let gid = VirtualIp([10, 0, 0, 1].into()).into();
+            assert!(Hosts::parse(&map).unwrap().find(good, gid).is_some());
+        }
+        for bad in ["", "a b", "\n", "#", "a#b", "\u{a0}", "\u{1b}", &longer] {
+            assert!(!is_tenant(bad), "{bad:?}");
+        }
+        for bad in ["a\u{1b}", &longer] {
+            let map = format!("{bad} 10.0.0.0/8 192.0.2.1");
+            assert!(Hosts::parse(&map).is_err(), "{bad:?}");
         }
     }
 

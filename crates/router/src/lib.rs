@@ -210,8 +210,8 @@ pub enum RouterError {
     },
     /// Not a tenant that the map of hosts could name.
     #[error(
-        "\"{name}\" is no name for a tenant: at least one character, no white space and no '#', so that \
-         the map of hosts can hold it"
+        "{name:?} is no name for a tenant: 1 to 255 bytes without white space, control characters and \
+         '#', so that the map of hosts and messages between hosts can hold it"
     )]
     BadTenant {
         /// The name.
