@@ -249,7 +249,7 @@ fn loopback_means_any_address_and_the_endpoint_itself() {
     let id = a.routed(host, PortSpace::Tcp, "127.0.0.1");
     a.connect(host, id, param(1, b""));
     a.expect(host, Kind::Rejected, 8);
-    // From its own address it goes there too.
+    // From its own address it goes there too, and stays what it is.
     let id = a.id(host, PortSpace::Tcp);
     let request = CmRequest::ResolveAddr {
         id,
@@ -258,7 +258,8 @@ fn loopback_means_any_address_and_the_endpoint_itself() {
         timeout_ms: 1,
     };
     a.done(host, request);
-    a.expect(host, Kind::AddrResolved, 0);
+    let resolved = a.expect(host, Kind::AddrResolved, 0);
+    assert_eq!(resolved.info.src.ip(), address(A, 0).ip());
 }
 
 #[test]

@@ -53,10 +53,16 @@ impl Engine {
     ) -> Result<(Port, IpAddr), i32> {
         let e = self.endpoints.get(endpoint).ok_or(status::ENODEV)?;
         if is_any(to.ip()) {
-            // The endpoint itself.
-            let port = from.or_else(|| self.cm_port(endpoint, VIRTUAL));
-            let port = port.ok_or(status::ENODEV)?;
-            return Ok((port, loopback(to.ip())));
+            // The endpoint itself, which the host's address is not.
+            let port = self.cm_port(endpoint, VIRTUAL).ok_or(status::ENODEV)?;
+            let own = match from {
+                None => loopback(to.ip()),
+                Some(from) if from.index == VIRTUAL => {
+                    alike(e.ip.0, to.ip()).unwrap_or_else(|| loopback(to.ip()))
+                }
+                Some(_) => return Err(status::ENETUNREACH),
+            };
+            return Ok((port, own));
         }
         let gid = Gid::from(VirtualIp(to.ip()));
         let group = gid.is_multicast();
