@@ -27,7 +27,7 @@ pub(crate) enum HostCommand {
         /// Directory of the authority
         #[arg(value_name = "DIR", default_value = "freeflow-ca")]
         dir: PathBuf,
-        /// How long it is good
+        /// How long it is good, and all certificates of it
         #[arg(long, value_name = "DAYS", default_value_t = 3650, value_parser = days())]
         days: u32,
     },
@@ -44,7 +44,7 @@ pub(crate) enum HostCommand {
         /// Directory for the files [default: that of the authority]
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
-        /// How long it is good
+        /// How long it is good; not longer than the authority
         #[arg(long, value_name = "DAYS", default_value_t = 365, value_parser = days())]
         days: u32,
     },

@@ -155,6 +155,13 @@ impl Identity {
         let refused = |e: &TlsError| IdentityError::NotBelieved(explain(e));
         let name = server_name(name, address).map_err(|e| refused(&e))?;
         let now = UnixTime::since_unix_epoch(since_epoch(now));
+        // What is asked below takes an authority for one for ever.
+        if let Some(date) = self.authority_expires()
+            && date.has_passed(now)
+        {
+            let why = format!("its authority expired on {date}; every host needs another one's");
+            return Err(IdentityError::NotBelieved(why));
+        }
         let (own, between) = match self.own.cert.split_first() {
             Some(chain) => chain,
             None => return Err(IdentityError::NotBelieved("it is empty".to_owned())),
@@ -167,7 +174,7 @@ impl Identity {
                     .verify_client_cert(own, between, now)
                     .map(|_| ())
             })
-            .map_err(|e| match (&e, self.expires()) {
+            .map_err(|e| match (&e, self.own.cert.first().and_then(Expiry::of)) {
                 (
                     TlsError::InvalidCertificate(
                         CertificateError::Expired | CertificateError::ExpiredContext { .. },
@@ -180,10 +187,16 @@ impl Identity {
             })
     }
 
-    /// The last day of this host's own certificate; none if it is not understood.
+    /// The last day on which this host is to be believed: of its own certificate and those behind it,
+    /// and of the authority, or the last one of several. None if one of these is not understood.
     pub fn expires(&self) -> Option<Expiry> {
-        let (_, own) = x509_parser::parse_x509_certificate(self.own.cert.first()?).ok()?;
-        Some(Expiry(own.validity().not_after))
+        let own: Option<Vec<_>> = self.own.cert.iter().map(Expiry::of).collect();
+        own?.into_iter().chain([self.authority_expires()?]).min()
+    }
+
+    fn authority_expires(&self) -> Option<Expiry> {
+        let all: Option<Vec<_>> = self.authorities.iter().map(Expiry::of).collect();
+        all?.into_iter().max()
     }
 
     /// Whether it shows and believes the same as another.
@@ -216,10 +229,16 @@ impl Identity {
 }
 
 /// When a certificate expires; as text, the day (UTC).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Expiry(ASN1Time);
 
 impl Expiry {
+    /// None: it is no certificate.
+    pub(crate) fn of(certificate: &CertificateDer<'_>) -> Option<Self> {
+        let (_, read) = x509_parser::parse_x509_certificate(certificate).ok()?;
+        Some(Expiry(read.validity().not_after))
+    }
+
     /// How long it still is at a time; nothing if it has passed.
     pub fn left(self, now: SystemTime) -> Duration {
         let at = u64::try_from(self.0.timestamp()).unwrap_or(0);
@@ -386,6 +405,35 @@ mod tests {
         );
         let why = identity.unwrap().check(None, own, now).unwrap_err();
         assert!(why.to_string().contains("another authority"), "{why}");
+    }
+
+    #[test]
+    fn an_authoritys_time_is_that_of_its_hosts() {
+        let now = SystemTime::now();
+        let day = Duration::from_secs(86_400);
+        let ca = |from, to| Authority::generate(Validity { from, to }).unwrap();
+        let (over, short) = (ca(now - 9 * day, now - day), ca(now - day, now + 3 * day));
+        let load = |pair: &Pair| Authority::load(&pair.cert, &pair.key).unwrap();
+        let refused = load(&over).issue(&["192.0.2.1"], Validity::days(5));
+        let why = refused.err().unwrap().to_string();
+        assert!(why.contains("the authority expired on "), "{why}");
+        let host = load(&short).issue(&["192.0.2.1"], Validity::days(50));
+        let host = host.unwrap();
+        let with = |ca: &str| {
+            Identity::from_pem(host.cert.as_bytes(), host.key.as_bytes(), ca.as_bytes()).unwrap()
+        };
+        let left = with(&short.cert).expires().unwrap().left(now);
+        assert!(left > 2 * day && left <= 3 * day, "{left:?}");
+        let address = "192.0.2.1".parse().unwrap();
+        with(&short.cert).check(None, address, now).unwrap();
+        // One of two is enough.
+        let both = format!("{}{}", over.cert, short.cert);
+        with(&both).check(None, address, now).unwrap();
+        let why = with(&over.cert).check(None, address, now).unwrap_err();
+        assert!(
+            why.to_string().contains("its authority expired on "),
+            "{why}"
+        );
     }
 
     #[test]

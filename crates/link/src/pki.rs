@@ -8,6 +8,10 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
     Issuer, KeyPair, KeyUsagePurpose, SanType,
 };
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+
+use crate::identity::Expiry;
 
 /// A certificate and its private key, in PEM.
 pub struct Pair {
@@ -50,6 +54,9 @@ pub enum PkiError {
     /// The authority's files are none.
     #[error("the authority's certificate or key cannot be used: {0}")]
     Authority(rcgen::Error),
+    /// The authority's time is over.
+    #[error("the authority expired on {0}; make another one, and certificates of it for all hosts")]
+    Expired(Expiry),
     /// Something failed.
     #[error("cannot make a certificate: {0}")]
     Make(#[from] rcgen::Error),
@@ -58,6 +65,7 @@ pub enum PkiError {
 /// An authority that signs hosts' certificates.
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
+    expiry: Expiry,
 }
 
 impl Authority {
@@ -78,12 +86,20 @@ impl Authority {
     pub fn load(cert: &str, key: &str) -> Result<Self, PkiError> {
         let key = KeyPair::from_pem(key).map_err(PkiError::Authority)?;
         let issuer = Issuer::from_ca_cert_pem(cert, key).map_err(PkiError::Authority)?;
-        Ok(Authority { issuer })
+        let der = CertificateDer::from_pem_slice(cert.as_bytes()).ok();
+        let expiry = der.as_ref().and_then(Expiry::of);
+        let expiry = expiry.ok_or(PkiError::Authority(rcgen::Error::CouldNotParseCertificate))?;
+        Ok(Authority { issuer, expiry })
     }
 
     /// A certificate for a host, whose names are addresses in the network between hosts or DNS
-    /// names.
-    pub fn issue(&self, names: &[&str], validity: Validity) -> Result<Pair, PkiError> {
+    /// names. It is not good for longer than the authority is.
+    pub fn issue(&self, names: &[&str], mut validity: Validity) -> Result<Pair, PkiError> {
+        let last = SystemTime::UNIX_EPOCH + self.expiry.left(SystemTime::UNIX_EPOCH);
+        if last <= validity.from {
+            return Err(PkiError::Expired(self.expiry));
+        }
+        validity.to = validity.to.min(last);
         let mut params = params(names.first().copied().unwrap_or_default(), validity);
         for &name in names {
             params.subject_alt_names.push(match name.parse::<IpAddr>() {
