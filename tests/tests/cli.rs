@@ -374,6 +374,19 @@ fn a_router_that_stays_follows_one_that_ends() {
 }
 
 #[test]
+fn a_router_that_is_stopped_is_not_waited_for() {
+    let place = Place::ordinary().unwrap();
+    let first = Running::start(&mut place.freeflow(["router"])).unwrap();
+    first.wait_for("router serves", DEADLINE).unwrap();
+    first.signal(Signal::STOP);
+    let second = place.call(&["router"]).unwrap();
+    fails(&second, 125, &["already serves", "is it stopped?"]);
+    first.signal(Signal::CONT);
+    first.signal(Signal::TERM);
+    assert_eq!(first.wait(DEADLINE).unwrap().code(), 0);
+}
+
+#[test]
 fn what_a_killed_router_left_is_no_obstacle() {
     let place = Place::ordinary().unwrap();
     let mut first = Running::start(&mut place.freeflow(["router"])).unwrap();

@@ -37,12 +37,37 @@ impl fmt::Display for NoRouter {
 
 impl std::error::Error for NoRouter {}
 
+/// A router does not answer.
+#[derive(Debug)]
+pub(crate) struct NoAnswer(Duration);
+
+impl fmt::Display for NoAnswer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = self.0.as_secs();
+        write!(
+            f,
+            "the router does not answer within {seconds} s; is it stopped?"
+        )
+    }
+}
+
+impl std::error::Error for NoAnswer {}
+
 /// A connection to a router.
-pub(crate) struct Client(OwnedFd);
+pub(crate) struct Client {
+    socket: OwnedFd,
+    /// How long each answer may take.
+    time: Duration,
+}
 
 impl Client {
     /// Connects to the router of a runtime directory; `None` if there is none.
     pub(crate) fn try_connect(dir: &RuntimeDir) -> Result<Option<Self>> {
+        Self::try_connect_for(dir, ANSWER_TIME)
+    }
+
+    /// As [`Self::try_connect`], to a router that answers each time within so long.
+    pub(crate) fn try_connect_for(dir: &RuntimeDir, time: Duration) -> Result<Option<Self>> {
         let path = dir.control_socket();
         if let Some(bytes) = RuntimeDir::excess(&path) {
             bail!(
@@ -51,9 +76,10 @@ impl Client {
                 dir.path().display()
             );
         }
-        let socket = match dial(&path) {
+        let socket = match dial(&path, time) {
             Ok(socket) => socket,
             Err(Errno::NOENT | Errno::CONNREFUSED) => return Ok(None),
+            Err(Errno::AGAIN) => bail!(NoAnswer(time)),
             Err(Errno::ACCESS) => bail!(
                 "cannot reach {}: it is another user's; run as that user, or choose another \
                  directory with --runtime-dir",
@@ -73,7 +99,7 @@ impl Client {
                 served_by.as_raw()
             );
         }
-        Ok(Some(Client(socket)))
+        Ok(Some(Client { socket, time }))
     }
 
     /// Connects to the router of a runtime directory, which must be there.
@@ -92,15 +118,12 @@ impl Client {
         };
         let bytes = serde_json::to_vec(&request)?;
         let mut buffer = vec![0; MAX_CONTROL_BYTES];
-        let answer = send_packet(&self.0, &bytes, fds, SendFlags::empty())
-            .and_then(|()| recv_packet(&self.0, &mut buffer, RecvFlags::empty()));
+        let answer = send_packet(&self.socket, &bytes, fds, SendFlags::empty())
+            .and_then(|()| recv_packet(&self.socket, &mut buffer, RecvFlags::empty()));
         let len = match answer {
             Ok(packet) if packet.len != 0 => packet.len,
             Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => return Ok(ControlAnswer::Ending),
-            Err(Errno::AGAIN) => bail!(
-                "the router does not answer within {} s; is it stopped?",
-                ANSWER_TIME.as_secs()
-            ),
+            Err(Errno::AGAIN) => bail!(NoAnswer(self.time)),
             Err(e) => return Err(e).context("cannot ask the router"),
         };
         match serde_json::from_slice(&buffer[..len])
@@ -130,7 +153,7 @@ impl Client {
     /// Waits until the router has closed the connection; not for ever.
     pub(crate) fn wait_for_end(self) {
         let mut buffer = [0];
-        while let Ok(packet) = recv_packet(&self.0, &mut buffer, RecvFlags::empty()) {
+        while let Ok(packet) = recv_packet(&self.socket, &mut buffer, RecvFlags::empty()) {
             if packet.len == 0 {
                 return;
             }
@@ -153,11 +176,12 @@ pub(crate) fn unexpected<T>(answer: ControlAnswer) -> Result<T> {
     }
 }
 
-fn dial(path: &Path) -> Result<OwnedFd, Errno> {
+fn dial(path: &Path, time: Duration) -> Result<OwnedFd, Errno> {
     let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
     let socket = socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
+    // To connect takes as long, if others wait to be accepted.
+    set_socket_timeout(&socket, Timeout::Recv, Some(time))?;
+    set_socket_timeout(&socket, Timeout::Send, Some(time))?;
     connect(&socket, &SocketAddrUnix::new(path)?)?;
-    set_socket_timeout(&socket, Timeout::Recv, Some(ANSWER_TIME))?;
-    set_socket_timeout(&socket, Timeout::Send, Some(ANSWER_TIME))?;
     Ok(socket)
 }

@@ -1,10 +1,11 @@
 //! `freeflow router`: the daemon.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use freeflow_api::{ControlAnswer, Operation, RouterStatus, RuntimeDir};
@@ -16,6 +17,9 @@ use crate::client::{Client, unexpected};
 use crate::links::read_hosts;
 use crate::{NetworkArgs, namespaces, start};
 
+/// A router that ends answers, or closes its socket, within so long.
+const ASK_TIME: Duration = Duration::from_secs(1);
+
 /// Serves until a signal, or, embedded, until the last endpoint is gone.
 pub(crate) fn router(
     dir: RuntimeDir,
@@ -24,8 +28,15 @@ pub(crate) fn router(
     network: NetworkArgs,
 ) -> Result<ExitCode> {
     raise_descriptor_limit();
-    let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM]).context("cannot handle signals")?;
+    // The others end one that does not serve yet, as any program.
+    let mut signals = Signals::new([SIGHUP]).context("cannot handle signals")?;
     let served = serve(dir.clone(), embedded, config, &network);
+    if served.is_ok() {
+        for signal in [SIGINT, SIGTERM] {
+            let added = signals.add_signal(signal);
+            added.context("cannot handle signals")?;
+        }
+    }
     if embedded {
         // To the command that started us and that waits for this line, if it still lives.
         let line = match &served {
@@ -86,6 +97,7 @@ fn serve(
     router.set_hosts(hosts.unwrap_or_default());
     let make_bridge = Box::new(namespaces::make_bridge);
     let there = Cell::new(false);
+    let unanswered = RefCell::new(None);
     // Whoever starts an embedded one has found no router that goes on.
     let ends = || {
         embedded
@@ -95,7 +107,10 @@ fn serve(
                     status.embedded && status.endpoints.is_empty()
                 }
                 Ok(None) => true,
-                Err(_) => false,
+                Err(why) => {
+                    unanswered.replace(Some(why));
+                    false
+                }
             }
     };
     match Admin::start(router, dir.clone(), make_bridge, embedded, &ends) {
@@ -105,13 +120,17 @@ fn serve(
              --runtime-dir",
             dir.path().display()
         ),
+        Err(e @ RouterError::AlreadyServed { .. }) => match unanswered.into_inner() {
+            Some(why) => Err(why.context(e)),
+            None => Err(e.into()),
+        },
         started => Ok(started?),
     }
 }
 
 /// The status of a directory's router, unless it is gone.
 fn ask(dir: &RuntimeDir) -> Result<Option<RouterStatus>> {
-    let Some(client) = Client::try_connect(dir)? else {
+    let Some(client) = Client::try_connect_for(dir, ASK_TIME)? else {
         return Ok(None);
     };
     match client.call(Operation::Status, &[])? {
