@@ -225,7 +225,7 @@ impl<L: Link> Fabric<L> {
         self.link.sent()
     }
 
-    /// Whether UDP's checksum covers what is sent and received.
+    /// Whether UDP's checksum covers what is sent.
     pub fn has_checksum(&self) -> bool {
         self.link.has_checksum()
     }

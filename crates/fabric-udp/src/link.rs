@@ -85,7 +85,8 @@ pub trait Link {
     /// [`Progress::Blocked`], to send.
     fn fd(&self) -> BorrowedFd<'_>;
 
-    /// Whether datagrams carry a checksum, so that none comes whose bytes have changed on the way.
+    /// Whether datagrams are sent with a checksum, so that whoever receives one with other bytes drops
+    /// it. What comes has one if its sender says so of itself.
     fn has_checksum(&self) -> bool;
 
     /// What was sent so far.

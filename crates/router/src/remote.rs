@@ -110,7 +110,7 @@ impl Remote {
     }
 
     /// Whether both routers trust UDP's checksum with payloads.
-    fn may_leave_payload_uncovered(&self) -> bool {
+    pub(super) fn may_leave_payload_uncovered(&self) -> bool {
         self.agreed.is_some_and(|agreed| agreed.header_crc)
     }
 
@@ -191,7 +191,7 @@ impl Network {
         self.fabric.as_ref().map(Fabric::local)
     }
 
-    /// Whether UDP's checksum covers what goes to other hosts and comes from there.
+    /// Whether UDP's checksum covers what goes to other hosts.
     pub(crate) fn has_checksums(&self) -> bool {
         self.fabric.as_ref().is_some_and(Fabric::has_checksum)
     }

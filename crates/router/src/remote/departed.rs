@@ -33,6 +33,8 @@ struct Last {
     host: IpAddr,
     flow: u32,
     pkey: u16,
+    /// Whether the CRC of its peer's packets may cover their headers alone.
+    header_crc: bool,
     responder: Responder,
 }
 
@@ -72,6 +74,7 @@ impl Engine {
     pub(crate) fn depart(&mut self, qpn: u32, reliable: bool, remote: Option<Box<Remote>>) {
         let now = self.now;
         if let Some(remote) = remote.filter(|remote| reliable && remote.may_send()) {
+            let header_crc = remote.may_leave_payload_uncovered();
             let Remote {
                 host,
                 flow,
@@ -83,6 +86,7 @@ impl Engine {
                 host,
                 flow,
                 pkey,
+                header_crc,
                 responder,
             };
             self.network.departed.add(qpn, last, now);
@@ -103,6 +107,9 @@ impl Engine {
         else {
             return false;
         };
+        if headers.bth.header_crc && !last.header_crc {
+            return false;
+        }
         let verdict = last.responder.on_request(headers, packet.payload.len());
         let to = To {
             dst: last.host,
@@ -133,6 +140,7 @@ mod tests {
             host: IpAddr::from([192, 0, 2, 1]),
             flow: 0,
             pkey: 0xFFFF,
+            header_crc: false,
             responder: Responder::new(&connection),
         }
     }
