@@ -1,4 +1,4 @@
-//! Children of a process that opens devices in another thread: see `c/forks.c`.
+//! Children of a process with devices: see `c/forks.c` and `c/children.c`.
 
 use freeflow_tests::{Bed, compiled};
 
@@ -10,4 +10,14 @@ fn a_child_opens_the_device_whatever_its_parent_was_doing() {
     let bed = Bed::new().expect("a router starts");
     let said = bed.endpoint().run(&program, &[]).unwrap();
     assert_eq!(said.stdout, "forks hold\n", "{said}");
+}
+
+#[test]
+fn a_child_is_told_that_its_parents_objects_are_not_its_own() {
+    let Some(program) = compiled("children") else {
+        return;
+    };
+    let bed = Bed::new().expect("a router starts");
+    let said = bed.endpoint().run(&program, &[]).unwrap();
+    said.success().unwrap();
 }

@@ -340,6 +340,7 @@ impl Cq {
             cq: self.handle,
             cqe,
         };
+        self.session.check_own()?;
         self.session.wait_until_taken_up(TAKE_UP_TIME);
         // Nobody polls or arms the old ring while the router changes over.
         let mut poller = unpoisoned(&self.poller);

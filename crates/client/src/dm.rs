@@ -29,6 +29,7 @@ impl Context {
     pub fn alloc_dm(&self, len: u64) -> Result<Dm, Errno> {
         let session = &self.session;
         let context = self.handle;
+        session.check_own()?;
         // Held over the call: who learns of a new segment is the first to use it.
         let mut pages = Pages::of(session);
         let (Reply::Dm(made), fds) = session.call(&Request::AllocDm { context, len })? else {

@@ -187,9 +187,7 @@ impl Pd {
     /// limited may not have that.
     pub fn reg_mr(&self, addr: u64, len: u64, iova: u64, access: Access) -> Result<Mr, Errno> {
         let session = &self.context.session;
-        if !session.is_own() {
-            return Err(Errno::INVAL);
-        }
+        session.check_own()?;
         let range = Range {
             addr,
             len,
@@ -333,9 +331,7 @@ impl Mr {
     /// EINVAL: it has no memory of the program's.
     pub fn rereg(&self, change: &Rereg<'_>) -> Result<(), Errno> {
         let session = &self.session;
-        if !session.is_own() {
-            return Err(Errno::INVAL);
-        }
+        session.check_own()?;
         let mut state = unpoisoned(&self.state);
         let State { holder, place } = &mut *state;
         let place = place.as_mut().ok_or(Errno::INVAL)?;

@@ -164,13 +164,20 @@ impl Session {
         self.pid == std::process::id()
     }
 
-    /// Asks the router; a child of `fork` may not ask in its parent's name.
-    pub(crate) fn call(&self, request: &Request) -> Result<(Reply, Vec<OwnedFd>), Errno> {
+    /// EINVAL: it is the parent's. What the router shares is not mapped in this child of `fork`, and
+    /// another thread may have held a lock when it was made: this is asked before either.
+    pub(crate) fn check_own(&self) -> Result<(), Errno> {
         if self.is_own() {
-            self.link.call(request)
+            Ok(())
         } else {
             Err(Errno::INVAL)
         }
+    }
+
+    /// Asks the router; a child of `fork` may not ask in its parent's name.
+    pub(crate) fn call(&self, request: &Request) -> Result<(Reply, Vec<OwnedFd>), Errno> {
+        self.check_own()?;
+        self.link.call(request)
     }
 
     /// Asks for something that only succeeds or fails.
@@ -192,6 +199,7 @@ impl Session {
         &self,
         request: &Request,
     ) -> Result<(Reply, Option<Region>), Errno> {
+        self.check_own()?;
         // Held over the call: the router shows a slab once, and whoever else is given a ring in it
         // must find it.
         let mut slabs = unpoisoned(&self.slabs);

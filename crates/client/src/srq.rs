@@ -134,6 +134,7 @@ impl Srq {
     /// Changes the size, arms the limit event, or both (`ibv_modify_srq(3)`). EINVAL: more
     /// requests are outstanding, or the limit is more than the queue holds.
     pub fn modify(&self, max_wr: Option<u32>, limit: Option<u32>) -> Result<(), Errno> {
+        self.session.check_own()?;
         // Nobody posts while the router moves the ring.
         let mut posted = unpoisoned(&self.posted);
         let srq = self.handle;
