@@ -2,6 +2,7 @@
  * Finding and opening the device, with care and without, and what the library does to the process.
  *
  * Usage: device present | device absent | device dying (the router ends when it says so)
+ *      | device handing-on (goes on as cat, which has a duplicate of cmd_fd)
  */
 #include <dirent.h>
 #include <fcntl.h>
@@ -112,7 +113,7 @@ static void present(void)
 	char buffer[64], path[512];
 	struct ibv_mr *mrs[2];
 	uint64_t guid;
-	int n = -1, before, flags;
+	int n = -1, before, flags, command;
 	FILE *file;
 
 	CHECK(ibv_fork_init() == 0);
@@ -152,6 +153,7 @@ static void present(void)
 		CHECK(pds[i] && mrs[i]);
 	}
 	CHECK(contexts[0] != contexts[1] && contexts[0]->async_fd != contexts[1]->async_fd);
+	CHECK(contexts[0]->cmd_fd >= 0 && contexts[0]->cmd_fd != contexts[1]->cmd_fd);
 	CHECK(mrs[0]->lkey != mrs[1]->lkey);
 	untouched();
 	CHECK(ibv_dealloc_pd(pds[0]) == EBUSY);
@@ -161,6 +163,17 @@ static void present(void)
 	CHECK(ibv_dereg_mr(mrs[1]) == 0 && ibv_dealloc_pd(pds[1]) == 0);
 
 	interrupted(contexts[1]);
+
+	/* Whatever a program does with a duplicate of cmd_fd, verbs go on. */
+	command = dup(contexts[1]->cmd_fd);
+	CHECK(command >= 0 && fcntl(command, F_SETFL, O_NONBLOCK) == 0);
+	for (int i = 0; i < 200; i++) {
+		pds[1] = ibv_alloc_pd(contexts[1]);
+		CHECK(pds[1] && ibv_dealloc_pd(pds[1]) == 0);
+	}
+	CHECK(write(command, "12345678", 8) == 8 && close(command) == 0);
+	pds[1] = ibv_alloc_pd(contexts[1]);
+	CHECK(pds[1] && ibv_dealloc_pd(pds[1]) == 0);
 
 	/* The program's own flags on a descriptor hold. */
 	flags = fcntl(contexts[1]->async_fd, F_GETFL);
@@ -232,6 +245,17 @@ static void dying(void)
 	}
 }
 
+/* A duplicate of cmd_fd goes on in the next program, and no device with it. */
+static void handing_on(void)
+{
+	struct ibv_device **list = ibv_get_device_list(NULL);
+	struct ibv_context *context = list[0] ? ibv_open_device(list[0]) : NULL;
+
+	MUST(context && ibv_alloc_pd(context) && dup(context->cmd_fd) >= 0);
+	execlp("cat", "cat", NULL);
+	CHECK(!"execlp");
+}
+
 int main(int argc, char **argv)
 {
 	look_at_signals(actions, &mask);
@@ -243,6 +267,8 @@ int main(int argc, char **argv)
 		present();
 	else if (strcmp(argv[1], "dying") == 0)
 		dying();
+	else if (strcmp(argv[1], "handing-on") == 0)
+		handing_on();
 	else
 		absent();
 	untouched();

@@ -89,11 +89,6 @@ impl Context {
         }
     }
 
-    /// The session's socket to the router. Only the library speaks on it.
-    pub fn command_fd(&self) -> RawFd {
-        self.session.link.fd()
-    }
-
     /// Descriptor that is readable when there is an asynchronous event.
     pub fn async_fd(&self) -> RawFd {
         self.events.as_raw_fd()

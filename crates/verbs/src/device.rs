@@ -1,10 +1,12 @@
 //! Devices: listing and opening.
 
 use core::ffi::{c_char, c_int, c_void};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 
 use freeflow_abi::*;
-use freeflow_client as client;
+use freeflow_client::{self as client, Errno};
+use rustix::event::{EventfdFlags, eventfd};
 
 use crate::objects::{Context, MUTEX, NULL, code, context, set_errno};
 use crate::{cq, dm, domain, mw, qp, query, region, srq, xrc};
@@ -123,8 +125,8 @@ pub(crate) unsafe extern "C" fn get_device_index(_device: *mut ibv_device) -> c_
 
 /// `ibv_open_device(3)`.
 pub(crate) unsafe extern "C" fn open_device(device: *mut ibv_device) -> *mut ibv_context {
-    match client::Context::open() {
-        Ok(client) => give_context(device, client),
+    match client::Context::open().and_then(|client| give_context(device, client)) {
+        Ok(context) => context,
         Err(errno) => {
             set_errno(code(errno));
             std::ptr::null_mut()
@@ -133,14 +135,23 @@ pub(crate) unsafe extern "C" fn open_device(device: *mut ibv_device) -> *mut ibv
 }
 
 /// What `ibv_open_device` gives, of a device that is open.
-pub(crate) fn open(client: Arc<client::Context>) -> *mut ibv_context {
+pub(crate) fn open(client: Arc<client::Context>) -> Result<*mut ibv_context, Errno> {
     give_context(device(), client)
 }
 
-fn give_context(device: *mut ibv_device, client: Arc<client::Context>) -> *mut ibv_context {
-    let opened = Box::into_raw(Box::new(new_context(device, client)));
+/// EMFILE: the process may have no more descriptors; then the device is closed.
+fn give_context(
+    device: *mut ibv_device,
+    client: Arc<client::Context>,
+) -> Result<*mut ibv_context, Errno> {
+    // What programs do with it, and who inherits it, concerns nobody.
+    let command = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).inspect_err(|_| {
+        // Of a router that is gone.
+        let _ = client.close();
+    })?;
+    let opened = Box::into_raw(Box::new(new_context(device, client, command)));
     // SAFETY: just made; the address is taken without a reference.
-    unsafe { &raw mut (*opened).verbs.context }
+    Ok(unsafe { &raw mut (*opened).verbs.context })
 }
 
 /// `ibv_close_device(3)`.
@@ -153,7 +164,7 @@ pub(crate) unsafe extern "C" fn close_device(closing: *mut ibv_context) -> c_int
     crate::objects::minus_one(result)
 }
 
-fn new_context(device: *mut ibv_device, client: Arc<client::Context>) -> Context {
+fn new_context(device: *mut ibv_device, client: Arc<client::Context>, command: OwnedFd) -> Context {
     let ops = ibv_context_ops {
         _compat_query_device: Some(query::query_device),
         _compat_query_port: Some(query::query_port),
@@ -174,7 +185,7 @@ fn new_context(device: *mut ibv_device, client: Arc<client::Context>) -> Context
     let base = ibv_context {
         device,
         ops,
-        cmd_fd: client.command_fd(),
+        cmd_fd: command.as_raw_fd(),
         async_fd: client.async_fd(),
         num_comp_vectors: client.info().limits.comp_vectors as c_int,
         mutex: MUTEX,
@@ -229,5 +240,9 @@ fn new_context(device: *mut ibv_device, client: Arc<client::Context>) -> Context
         sz: size_of::<verbs_context>(),
         context: base,
     };
-    Context { verbs, client }
+    Context {
+        verbs,
+        client,
+        _command: command,
+    }
 }

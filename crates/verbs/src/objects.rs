@@ -2,6 +2,7 @@
 
 use core::ffi::{c_int, c_void};
 use std::cell::UnsafeCell;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
@@ -13,6 +14,8 @@ use freeflow_client as client;
 pub(crate) struct Context {
     pub(crate) verbs: verbs_context,
     pub(crate) client: Arc<client::Context>,
+    /// `cmd_fd`, by which programs tell contexts apart and which some duplicate: nothing is behind it.
+    pub(crate) _command: OwnedFd,
 }
 
 #[repr(C)]

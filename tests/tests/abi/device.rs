@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use freeflow_tests::{Bed, DEADLINE, Ended, dist, skip};
+use freeflow_tests::{Bed, DEADLINE, Ended, Running, dist, skip};
 use rustix::process::Signal;
 
 use crate::support::{compile, headers, installed, printed, run, scratch, source};
@@ -53,6 +53,30 @@ fn a_router_that_dies_takes_the_device_with_it_and_no_more() {
     let said = program.wait(DEADLINE).and_then(Ended::success);
     let said = said.unwrap_or_else(|e| panic!("{e:#}"));
     complains_once(&said, "endpoint");
+}
+
+/// What programs do with `cmd_fd` keeps no session alive.
+#[test]
+fn a_session_ends_with_its_program_image() {
+    if !headers("a_session_ends_with_its_program_image") {
+        return;
+    }
+    let program = compile("handing-on", &source("device.c"), &["-libverbs"]);
+    let bed = bed();
+    let endpoint = bed.lasting_endpoint("images").expect("an endpoint");
+    let mut command = Command::new(program);
+    command
+        .arg("handing-on")
+        .env("LD_LIBRARY_PATH", dist().join("lib"))
+        .env("FREEFLOW_ENDPOINT", &endpoint.socket);
+    let mut next = Running::start_piped(&mut command).expect("the program starts");
+    next.enter("the next one runs").expect("it is written");
+    next.wait_for("the next one runs", DEADLINE)
+        .expect("cat writes what it reads");
+    let ended = |status: &serde_json::Value| status["ended_sessions"].as_array().map(Vec::len);
+    bed.wait_for_status(|status| ended(status) == Some(1), DEADLINE)
+        .unwrap_or_else(|e| panic!("its session is still there: {e:#}"));
+    assert!(next.is_alive(), "cat was to read on");
 }
 
 /// Runs the program that expects no device, outside of any endpoint.

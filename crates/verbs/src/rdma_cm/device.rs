@@ -19,7 +19,7 @@ pub(super) struct Device {
 
 /// Opens the device and gives its address.
 fn open(context: Arc<client::Context>) -> Result<usize, Errno> {
-    let verbs = device::open(context);
+    let verbs = device::open(context)?;
     // SAFETY: just opened.
     let pd = unsafe { memory::alloc_pd(verbs) };
     if pd.is_null() {
