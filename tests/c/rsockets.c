@@ -115,23 +115,32 @@ static int begin(int listener, int buffers, int maps)
 	return fd;
 }
 
-/* Connects without blocking: nobody else would accept. */
-static struct pair connected_with(int buffers, int maps)
+/* Begins to connect, until that is to be accepted. */
+static int request(int listener, int buffers, int maps)
 {
-	struct pair pair = {.listener = listen_with(buffers, maps)};
-	struct sockaddr_in from;
-	struct pollfd both[2];
-	socklen_t len = sizeof from;
-	int error;
+	int fd = begin(listener, buffers, maps);
+	struct pollfd both[2] = {
+		{.fd = listener, .events = POLLIN},
+		{.fd = fd, .events = POLLOUT},
+	};
 
-	pair.near = begin(pair.listener, buffers, maps);
-	both[0] = (struct pollfd){.fd = pair.listener, .events = POLLIN};
-	both[1] = (struct pollfd){.fd = pair.near, .events = POLLOUT};
 	do {
 		/* Waiting for it is what brings the connection on. */
 		MUST(rpoll(both, 2, DEADLINE_MS) > 0);
 		MUST(both[1].revents == 0);
 	} while (!both[0].revents);
+	return fd;
+}
+
+/* Connects without blocking: nobody else would accept. */
+static struct pair connected_with(int buffers, int maps)
+{
+	struct pair pair = {.listener = listen_with(buffers, maps)};
+	struct sockaddr_in from;
+	socklen_t len = sizeof from;
+	int error;
+
+	pair.near = request(pair.listener, buffers, maps);
 	pair.far = raccept(pair.listener, (struct sockaddr *)&from, &len);
 	MUST(pair.far >= 0 && len == sizeof from);
 	MUST(ready(pair.near, POLLOUT, DEADLINE_MS) == POLLOUT);
@@ -1004,6 +1013,80 @@ static void router_dies(void)
 	CHECK(fd == -1 && errno == ENODEV);
 }
 
+/* Streams whose peers have hung up before the router dies, with bytes that nobody has read: nothing
+ * more comes, and no wait for it is busy. */
+static void hung_up_router_dies(void)
+{
+	int (*create)(int) = dlsym(RTLD_DEFAULT, "repoll_create");
+	int (*ctl)(int, int, int, struct epoll_event *) = dlsym(RTLD_DEFAULT, "repoll_ctl");
+	int (*wait)(int, struct epoll_event *, int, int) = dlsym(RTLD_DEFAULT, "repoll_wait");
+	struct epoll_event event = {.events = EPOLLIN | EPOLLRDHUP | EPOLLET}, got[4];
+	struct pair unread = connected(), told = connected(), alive = connected();
+	double used, until;
+	int fd;
+	char c;
+
+	MUST(create && ctl && wait);
+	fd = create(0);
+	MUST(fd >= 0 && ctl(fd, EPOLL_CTL_ADD, told.far, &event) == 0);
+	send_all(unread.near, 0, 10);
+	CHECK(rclose(unread.near) == 0 && rclose(told.near) == 0);
+	CHECK(ready(unread.far, POLLRDHUP, DEADLINE_MS) == POLLRDHUP);
+	CHECK(ready(told.far, POLLIN, DEADLINE_MS) == (POLLIN | POLLHUP));
+	printf("ready\n");
+	fflush(stdout);
+	CHECK(rrecv(alive.near, &c, 1, 0) <= 0);
+	used = cpu_seconds();
+	CHECK(ready(unread.far, 0, 2000) == 0);
+	CHECK(cpu_seconds() - used < 0.5);
+	/* The hang-up is told, and perhaps once more. */
+	for (int i = 0; i < 10; i++) {
+		used = cpu_seconds();
+		if (wait(fd, got, 4, 2000) == 0)
+			break;
+	}
+	CHECK(cpu_seconds() - used < 0.5);
+	receive_all(unread.far, 0, 10, 10);
+	CHECK(rrecv(unread.far, &c, 1, 0) <= 0);
+	CHECK(ready(unread.far, 0, DEADLINE_MS) & POLLHUP);
+	until = seconds(CLOCK_MONOTONIC) + 5;
+	CHECK(rclose(unread.far) == 0 && rclose(unread.listener) == 0 && rclose(fd) == 0);
+	CHECK(rclose(told.far) == 0 && rclose(told.listener) == 0);
+	CHECK(seconds(CLOCK_MONOTONIC) < until);
+	end(alive);
+}
+
+/* Who waits for something else of a listener does not see to requests. */
+static void listeners_sleep(void)
+{
+	int (*create)(int) = dlsym(RTLD_DEFAULT, "repoll_create");
+	int (*ctl)(int, int, int, struct epoll_event *) = dlsym(RTLD_DEFAULT, "repoll_ctl");
+	int (*wait)(int, struct epoll_event *, int, int) = dlsym(RTLD_DEFAULT, "repoll_wait");
+	struct epoll_event event = {.events = EPOLLIN | EPOLLET}, got[4];
+	int listener = listen_with(0, 0), fd, near[2], far[2];
+	double used;
+
+	MUST(create && ctl && wait);
+	fd = create(0);
+	MUST(fd >= 0 && ctl(fd, EPOLL_CTL_ADD, listener, &event) == 0);
+	set_nonblocking(listener, 1);
+	for (int i = 0; i < 2; i++) {
+		near[i] = request(listener, 0, 0);
+		/* At the edge: once for each that comes behind the last that was accepted. */
+		MUST(wait(fd, got, 4, DEADLINE_MS) == 1 && got[0].events == EPOLLIN);
+		used = cpu_seconds();
+		CHECK(ready(listener, POLLOUT, 1000) == 0);
+		CHECK(wait(fd, got, 4, 1000) == 0);
+		CHECK(cpu_seconds() - used < 0.5);
+		far[i] = raccept(listener, NULL, NULL);
+		MUST(far[i] >= 0);
+		FAILS(raccept(listener, NULL, NULL), EAGAIN);
+	}
+	for (int i = 0; i < 2; i++)
+		CHECK(rclose(near[i]) == 0 && rclose(far[i]) == 0);
+	CHECK(rclose(fd) == 0 && rclose(listener) == 0);
+}
+
 /* Datagrams, from each of two sockets to the other: over UDP first, then between queue pairs. */
 static void datagrams(void)
 {
@@ -1288,6 +1371,8 @@ int main(int argc, char **argv)
 		{"exits", exits},
 		{"errors", errors},
 		{"router_dies", router_dies},
+		{"hung_up_router_dies", hung_up_router_dies},
+		{"listeners_sleep", listeners_sleep},
 		{"datagrams_router_dies", datagrams_router_dies},
 		{"newcomers", newcomers},
 		{"strangers", strangers},

@@ -38,7 +38,7 @@ cases! {
     None;
     stream threads single_bytes small_buffers backpressure half_close nobody_listens
     flags_and_vectors options mixed_polling waiting_threads epoll epoll_tells_hang_ups_once
-    direct_writes forks exits errors
+    direct_writes forks exits errors listeners_sleep
 }
 
 cases! {
@@ -69,6 +69,7 @@ fn strangers() {
 fn streams_end_when_the_router_dies() {
     if let Some(checker) = checker() {
         checker.outlives_router(None, "router_dies");
+        checker.outlives_router(None, "hung_up_router_dies");
     }
 }
 

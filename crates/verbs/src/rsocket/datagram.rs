@@ -534,7 +534,7 @@ impl Source for Inner {
         newly.fold(false, |some, newly| some | newly)
     }
 
-    fn watch(&mut self, wake: &Arc<Wake>, fds: &mut Vec<pollfd>) {
+    fn watch(&mut self, _events: i16, wake: &Arc<Wake>, fds: &mut Vec<pollfd>) {
         self.watchers.push(wake.clone());
         if self.lost.is_some() {
             // The descriptors would be ready for ever.

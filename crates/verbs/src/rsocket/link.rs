@@ -41,6 +41,23 @@ pub(super) fn set_nonblocking(fd: RawFd) -> Result<(), Errno> {
     rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)
 }
 
+/// Takes the events of a completion queue, which is not armed then; whether there were any. EIO: the
+/// router is gone.
+pub(super) fn take_events(events: &CompChannel, cq: &Cq, armed: &mut bool) -> Result<bool, Errno> {
+    let mut some = false;
+    loop {
+        match events.get_event() {
+            Ok(_) => {
+                cq.ack_events(1);
+                *armed = false;
+                some = true;
+            }
+            Err(Errno::AGAIN | Errno::INTR) => return Ok(some),
+            Err(errno) => return Err(errno),
+        }
+    }
+}
+
 impl Link {
     /// Makes the queue pair of an id, ready to receive the peer's first message when it is
     /// connected.
@@ -308,16 +325,9 @@ impl Link {
         self.events.fd()
     }
 
-    /// Takes the events that there are; whether there were any.
-    pub(super) fn take_events(&mut self) -> bool {
-        let mut some = false;
-        // EAGAIN; or the router is gone, and polling tells.
-        while self.events.get_event().is_ok() {
-            self.cq.ack_events(1);
-            self.armed = false;
-            some = true;
-        }
-        some
+    /// Takes the events that there are; whether there were any. EIO: the router is gone.
+    pub(super) fn take_events(&mut self) -> Result<bool, Errno> {
+        take_events(&self.events, &self.cq, &mut self.armed)
     }
 
     /// Tells the stream the time.

@@ -13,7 +13,7 @@ use freeflow_client::{
 use freeflow_rsocket::DatagramHeader;
 
 use super::device::Shared;
-use super::link::set_nonblocking;
+use super::link::{set_nonblocking, take_events};
 use super::memory::Vectors;
 use super::wait;
 
@@ -268,18 +268,7 @@ impl Path {
 
     /// Takes the events that there are; whether there were any. EIO: the router is gone.
     pub(super) fn take_events(&mut self) -> Result<bool, Errno> {
-        let mut some = false;
-        loop {
-            match self.events.get_event() {
-                Ok(_) => {
-                    self.cq.ack_events(1);
-                    self.armed = false;
-                    some = true;
-                }
-                Err(Errno::AGAIN | Errno::INTR) => return Ok(some),
-                Err(errno) => return Err(errno),
-            }
-        }
+        take_events(&self.events, &self.cq, &mut self.armed)
     }
 
     /// Whether all was sent.

@@ -15,7 +15,7 @@ use super::stream::{Inner, Phase};
 use super::table::{Descriptor, find};
 use super::wait::{self, Source, Waits, Wake, entry, input};
 
-const READ: i16 = POLLIN | POLLRDNORM;
+pub(super) const READ: i16 = POLLIN | POLLRDNORM;
 const WRITE: i16 = POLLOUT | POLLWRNORM;
 /// What is said whether it was asked for or not.
 pub(super) const ALWAYS: i16 = POLLERR | POLLHUP | POLLNVAL;
@@ -123,7 +123,7 @@ fn arm<S: Waits<Inner: Ready>>(
     }
     let ready = inner.ready() & events;
     if ready == 0 {
-        inner.watch(wake, fds);
+        inner.watch(events, wake, fds);
     }
     ready
 }

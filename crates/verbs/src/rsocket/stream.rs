@@ -16,6 +16,7 @@ use libc::pollfd;
 use super::device::shared;
 use super::link::{Link, set_nonblocking};
 use super::options::Options;
+use super::poll::READ;
 use super::wait::{self, Source, Waits, Wake, input, now, wait_for};
 
 /// How often a program that does not wait is told of the connection's events.
@@ -64,6 +65,8 @@ pub(super) struct Inner {
     /// `SO_ERROR`.
     pub(super) error: Option<Errno>,
     pub(super) link: Option<Link>,
+    /// The router is gone: the descriptors are ready for ever, and nothing more happens.
+    orphaned: bool,
     /// When a program that does not wait was last told of the connection's events.
     looked: u64,
     /// Threads that wait for it.
@@ -274,7 +277,7 @@ impl StreamSocket {
         {
             let fds = &mut [input(link.fd())];
             if !matches!(link.arm(), Ok(true)) && wait::poll(fds, left).is_ok() {
-                link.take_events();
+                inner.take_events();
             }
             inner.advance(true);
         }
@@ -288,8 +291,8 @@ impl Source for Inner {
         if !waits && (look || self.is_opening()) {
             some |= self.look();
         }
-        if let (Phase::Accepting(peer), Some(link)) = (self.phase, &mut self.link)
-            && link.take_events()
+        if let Phase::Accepting(peer) = self.phase
+            && self.take_events()
         {
             // Its first message came before its word that it is there.
             let _ = self.id.notify(AsyncEventType::CommEst);
@@ -337,11 +340,13 @@ impl Source for Inner {
         }
     }
 
-    fn watch(&mut self, wake: &Arc<Wake>, fds: &mut Vec<pollfd>) {
+    fn watch(&mut self, events: i16, wake: &Arc<Wake>, fds: &mut Vec<pollfd>) {
         self.watchers.push(wake.clone());
         let broken = |link: &Link| link.stream.phase() == End::Broken;
-        if matches!(self.phase, Phase::Failed) || self.link.as_ref().is_some_and(broken) {
-            // Nothing more happens, and of a router that is gone they would be ready for ever.
+        let ended = matches!(self.phase, Phase::Failed) || self.link.as_ref().is_some_and(broken);
+        // A request stays there until it is accepted.
+        let unasked = matches!(self.phase, Phase::Listening) && events & READ == 0;
+        if ended || unasked || self.orphaned {
             return;
         }
         fds.push(input(self.channel.fd()));
@@ -352,10 +357,7 @@ impl Source for Inner {
 
     fn unwatch(&mut self, wake: &Arc<Wake>, ready: bool) {
         wait::forget(&mut self.watchers, wake);
-        if ready
-            && let Some(link) = self.open()
-            && link.take_events()
-        {
+        if ready && matches!(self.phase, Phase::Open) && self.take_events() {
             // No completion raises an event now: who still sleeps has to arm it again.
             self.watchers.iter().for_each(|wake| wake.wake());
         }
@@ -388,6 +390,7 @@ impl Inner {
             sent_last: false,
             error: None,
             link: None,
+            orphaned: false,
             looked: 0,
             watchers: Vec::new(),
             activity: 0,
@@ -430,10 +433,38 @@ impl Inner {
         self.watchers.iter().for_each(|wake| wake.wake());
     }
 
+    /// Takes the events of completions; whether there were any.
+    fn take_events(&mut self) -> bool {
+        match self.link.as_mut().map(Link::take_events) {
+            Some(Ok(some)) => some,
+            Some(Err(errno)) => {
+                self.orphan(errno);
+                false
+            }
+            None => false,
+        }
+    }
+
+    /// The router is gone.
+    fn orphan(&mut self, errno: Errno) {
+        if std::mem::replace(&mut self.orphaned, true) {
+            return;
+        }
+        if self.is_opening() {
+            self.fail(errno);
+        } else if !self.is_over() {
+            self.lost();
+        } else if let Some(link) = &mut self.link {
+            // Nor does what was sent complete.
+            link.stream.lost();
+        }
+        self.changed();
+    }
+
     /// Takes the connection's events; whether there were any.
     fn look(&mut self) -> bool {
         let mut some = false;
-        loop {
+        while !self.orphaned {
             match self.channel.get_event(|_, _| 0) {
                 Ok(report) => {
                     report.acknowledge();
@@ -441,19 +472,11 @@ impl Inner {
                 }
                 Err(Errno::AGAIN) => return some,
                 Err(Errno::INTR) => {}
-                // The router is gone.
-                Err(errno) => {
-                    if self.is_opening() {
-                        self.fail(errno);
-                    } else if matches!(self.phase, Phase::Open) && !self.is_over() {
-                        self.lost();
-                    } else {
-                        return some;
-                    }
-                }
+                Err(errno) => self.orphan(errno),
             }
             some = true;
         }
+        some
     }
 
     fn is_over(&self) -> bool {
@@ -598,6 +621,8 @@ impl Inner {
                 Err(errno) => return Err(errno),
             };
             report.acknowledge();
+            // The next request is another edge.
+            self.changed();
             match report.event.event {
                 CmEventType::ConnectRequest => {}
                 CmEventType::DeviceRemoval => return Err(Errno::NODEV),

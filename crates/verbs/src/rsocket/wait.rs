@@ -25,8 +25,9 @@ pub(super) trait Source {
     /// Has the next completion raise an event; whether it has to be looked again.
     fn arm(&mut self) -> bool;
 
-    /// Has the thread woken when something happens, and says what to wait for.
-    fn watch(&mut self, wake: &Arc<Wake>, fds: &mut Vec<pollfd>);
+    /// Has the thread woken when something happens, and says what to wait for. These events of
+    /// `poll(2)` are of interest.
+    fn watch(&mut self, events: i16, wake: &Arc<Wake>, fds: &mut Vec<pollfd>);
 
     /// The thread is awake; whether one of the descriptors was ready.
     fn unwatch(&mut self, wake: &Arc<Wake>, ready: bool);
@@ -80,7 +81,7 @@ pub(super) fn wait_for<S: Waits, T>(
                 }
             }
             let left = inner.earliest(until(deadline)?);
-            inner.watch(&wake, &mut fds);
+            inner.watch(!0, &wake, &mut fds);
             left
         };
         let own = fds.len();
