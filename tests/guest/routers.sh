@@ -8,10 +8,21 @@ on() {
     ip netns exec h$host "$freeflow" --runtime-dir /run/h$host "$@"
 }
 
+# wait_for_router PID LOG STATUS...: until the router answers this command; the script ends with the
+# router's words if that ends first, or does not come.
+wait_for_router() {
+    local pid=$1 log=$2 tries=600
+    shift 2
+    until "$@" > /dev/null 2>&1; do
+        kill -0 $pid 2> /dev/null && [ $((tries -= 1)) -gt 0 ] || { cat $log; exit 1; }
+        sleep 0.1
+    done
+}
+
 # Gives the hosts addresses (10.88.0.1 and 2), endpoints' networks (10.1.0.0/16 and 10.2.0.0/16), and
 # routers.
 start_hosts() {
-    local i tries
+    local i
     for i in 0 1; do
         ip -n h$i addr add 10.88.0.$((i + 1))/24 dev eth0
         ip -n h$i link set lo up
@@ -20,10 +31,6 @@ start_hosts() {
     done > /run/hosts
     for i in 0 1; do
         on $i router --underlay 10.88.0.$((i + 1)) --hosts /run/hosts --insecure > /out/router$i 2>&1 &
-        tries=600
-        until on $i status > /dev/null 2>&1; do
-            [ $((tries -= 1)) -gt 0 ] || { cat /out/router$i; exit 1; }
-            sleep 0.1
-        done
+        wait_for_router $! /out/router$i on $i status
     done
 }

@@ -3,6 +3,7 @@
 # FreeFlow's programs and libraries; then the names of the parts to run.
 set -u
 . "$VM_LIB"
+. "$(dirname "$0")/routers.sh"
 freeflow=$1/bin/freeflow
 shift
 
@@ -16,12 +17,7 @@ ip -n ff link set lo up
 ip -n ff link set v1 up
 rdma link add rxe0 type rxe netdev v0 || exit 1
 ip netns exec ff "$freeflow" router --underlay 10.88.0.2 > /out/router 2>&1 &
-router=$!
-tries=300
-until "$freeflow" status > /dev/null 2>&1; do
-    kill -0 $router && [ $((tries -= 1)) -gt 0 ] || { cat /out/router; exit 1; }
-    sleep 0.1
-done
+wait_for_router $! /out/router "$freeflow" status
 
 # at SIDE PROGRAM ARGUMENT...
 at() {
@@ -42,6 +38,22 @@ listens() {
 
 port=20000 failed=0 passed=0 limit=${LIMIT:-60}
 
+# verdict HELD TEXT...: counts and says what came of a check, with what its programs said if it is not
+# "ok".
+verdict() {
+    local held=$1
+    shift
+    if [ "$held" = ok ]; then
+        passed=$((passed + 1))
+        echo "ok $*"
+    else
+        failed=$((failed + 1))
+        echo "FAILED ($held) $*"
+        tail -n 30 /out/client /out/server
+        "$freeflow" status | tail -n 8
+    fi
+}
+
 # between SERVER CLIENT PROGRAM ARGUMENT...
 between() {
     local server=$1 client=$2 address began tries=300 code
@@ -61,15 +73,8 @@ between() {
     wait $pid
     code=$code/$?
     grep -q "invalid data" /out/server /out/client && code=$code/data
-    if [ $code = 0/0 ]; then
-        passed=$((passed + 1))
-        echo "ok $server <- $client: $* ($(($(date +%s) - began)) s)"
-    else
-        failed=$((failed + 1))
-        echo "FAILED ($code) $server <- $client: $* ($(($(date +%s) - began)) s)"
-        tail -n 30 /out/client /out/server
-        "$freeflow" status | tail -n 8
-    fi
+    [ $code = 0/0 ] && code=ok
+    verdict $code "$server <- $client: $* ($(($(date +%s) - began)) s)"
 }
 
 # awaits SIDE: by the connection manager, for whoever connects.
@@ -100,30 +105,18 @@ managed() {
     [ $code = 0 ] || kill $pid 2> /dev/null
     wait $pid
     code=$code/$?
-    if [ $code = 0/0 ]; then
-        passed=$((passed + 1))
-        echo "ok $server <- $client: $program $5 ($(($(date +%s) - began)) s)"
-    else
-        failed=$((failed + 1))
-        echo "FAILED ($code) $server <- $client: $program $5 ($(($(date +%s) - began)) s)"
-        tail -n 30 /out/client /out/server
-        "$freeflow" status | tail -n 8
-    fi
+    [ $code = 0/0 ] && code=ok
+    verdict $code "$server <- $client: $program $5 ($(($(date +%s) - began)) s)"
 }
 
 # refused SERVER CLIENT: nobody listens there.
 refused() {
-    local address
+    local address held="not refused"
     [ "$1" = rxe ] && address=10.88.0.1 || address=10.88.0.2
+    : > /out/server
     at "$2" rping -c -a $address -C 1 > /out/client 2>&1
-    if grep -q "RDMA_CM_EVENT_REJECTED, error 8" /out/client; then
-        passed=$((passed + 1))
-        echo "ok $1 <- $2: refused"
-    else
-        failed=$((failed + 1))
-        echo "FAILED $1 <- $2: not refused"
-        tail -n 30 /out/client
-    fi
+    grep -q "RDMA_CM_EVENT_REJECTED, error 8" /out/client && held=ok
+    verdict "$held" "$1 <- $2: refused"
 }
 
 both() {
@@ -232,14 +225,8 @@ copied() {
     code=$?
     killall rcopy
     wait $!
-    if [ $code = 0 ] && cmp /run/from /run/to; then
-        passed=$((passed + 1))
-        echo "ok $server <- $client: rcopy"
-    else
-        failed=$((failed + 1))
-        echo "FAILED ($code) $server <- $client: rcopy"
-        tail -n 30 /out/client /out/server
-    fi
+    [ $code = 0 ] && cmp /run/from /run/to && code=ok
+    verdict $code "$server <- $client: rcopy"
 }
 
 # of SIDE PROGRAM: its process.
@@ -275,14 +262,9 @@ killed() {
         codes="$codes $?"
     done
     # timeout(1) and freeflow end as the program that was killed.
-    if [ $tries != 0 ] && [[ " $codes " != *" 124 "* ]] && [[ " $codes " != *" 0 "* ]]; then
-        passed=$((passed + 1))
-        echo "ok $server <- $client: $victim killed ($codes)"
-    else
-        failed=$((failed + 1))
-        echo "FAILED ($codes) $server <- $client: $victim killed"
-        tail -n 30 /out/client /out/server
-    fi
+    local held="$codes"
+    [ $tries != 0 ] && [[ " $codes " != *" 124 "* ]] && [[ " $codes " != *" 0 "* ]] && held=ok
+    verdict "$held" "$server <- $client: $victim killed ($codes)"
 }
 
 # A stock program that polls is told of a stream's end before it has read what came before: rstream
