@@ -9,17 +9,18 @@ use rustix::fs::{FlockOperation, flock};
 use crate::{VmError, image};
 
 /// Programs, and Debian's packages of them.
-const TOOLS: [(&str, &str); 6] = [
+const TOOLS: [(&str, &str); 7] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
     ("modprobe", "kmod"),
     ("ip", "iproute2"),
     ("setpriv", "util-linux"),
     ("xz", "xz-utils"),
+    ("sysctl", "procps"),
 ];
 /// Debian's packages that a machine needs to run guests.
-pub const PACKAGES: [&str; 6] = {
-    let mut packages = [""; 6];
+pub const PACKAGES: [&str; TOOLS.len()] = {
+    let mut packages = [""; TOOLS.len()];
     let mut i = 0;
     while i < packages.len() {
         packages[i] = TOOLS[i].1;

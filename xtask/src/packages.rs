@@ -34,7 +34,7 @@ pub(crate) const APPLICATIONS: [&str; 9] = [
 ];
 
 /// What tests compile against, and what they look at programs and set devices up with.
-pub(crate) const DEVELOPMENT: [&str; 12] = [
+pub(crate) const DEVELOPMENT: [&str; 13] = [
     "gcc",
     "libc6-dev",
     "libibverbs-dev",
@@ -45,6 +45,7 @@ pub(crate) const DEVELOPMENT: [&str; 12] = [
     "binutils",
     "ethtool",
     "valgrind",
+    "psmisc",
     "nftables",
     "tshark",
 ];
