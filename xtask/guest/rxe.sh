@@ -24,7 +24,7 @@ done
 start_hosts
 
 # One of them that hangs does not keep the others from being measured.
-limit="timeout 60"
+limit="timeout -k 5 60"
 
 # Each takes perftest's arguments.
 rxe_server() { $limit ib_write_bw -d rxe1 -x 1 "$@"; }
@@ -86,13 +86,13 @@ connect() {
         local) local_cm 10.1.0.2 -s 10.1.0.1 ;;
     esac > /out/client 2>&1
     # A step has its milliseconds behind its name; each must be there.
-    awk -F: -v name="$name" -v connections=$connections '
+    [ $? = 0 ] && awk -F: -v name="$name" -v connections=$connections '
         /^step/ { rows = 1; next }
         rows && NF == 2 { split($2, at, " "); sum += at[1]; steps++ }
         END {
             if (steps >= 7 && sum > 0) print name, connections * 1000 / sum
-            else { print name, "failed"; exit 1 }
-        }' /out/client || tail -n 20 /out/client /out/server
+            else exit 1
+        }' /out/client || { tail -n 20 /out/client /out/server; echo "$name failed"; }
     # It serves until it is killed; what has started it ends with it.
     pkill -x cmtime
     wait $pid
@@ -122,3 +122,5 @@ for percent in $losses; do
         rate rxe-loss-$percent rxe
     done
 done
+# Which figures there are is said by their lines.
+exit 0

@@ -58,7 +58,7 @@ pub(crate) struct BenchArgs {
     json: Option<PathBuf>,
 }
 
-/// One figure, and what it is compared with.
+/// One figure, and what it is compared with; of what could not be measured it is no number.
 #[derive(Serialize)]
 struct Row {
     name: String,
@@ -101,7 +101,7 @@ impl Bench {
         let (met, target) = match target {
             Target::AtLeast(bound, text) => (ratio >= bound, text),
             Target::AtMost(bound, text) => (ratio <= bound, text),
-            Target::None => (true, "-"),
+            Target::None => (!ratio.is_nan(), "-"),
         };
         self.rows.push(Row {
             name: name.into(),
@@ -398,25 +398,27 @@ impl Bench {
         ];
         let limit = GUEST_START + GUEST_RUN * u32::try_from(self.runs)?;
         let outcome = Vm::new(&machine).limit(limit).run(&command)?;
-        if !outcome.success() {
-            bail!("{outcome}");
-        }
         let output = &outcome.hosts.first().context("no guest")?.output;
-        let rate = |name: &str| -> Result<f64> {
+        // What failed is a row too, and the others are there all the same.
+        let mut failed = !outcome.success();
+        let mut rate = |name: &str| {
             let figures = measure::named(output, name);
-            if figures.len() != self.runs {
-                bail!("not {runs} times {name} in:\n{output}");
+            let all = figures.len() == self.runs;
+            failed |= !all;
+            if all {
+                measure::median(figures)
+            } else {
+                f64::NAN
             }
-            Ok(measure::median(figures))
         };
         let mut rows = Vec::new();
         let three = Target::AtLeast(3.0, "at least 3");
         for (name, where_) in [("local", "on one host"), ("hosts", "between hosts")] {
             let name = (
                 format!("ib_write_bw 65536 B {where_}, in a guest"),
-                rate(name)?,
+                rate(name),
             );
-            rows.push((name, ("rxe in it".to_owned(), rate("rxe")?), three));
+            rows.push((name, ("rxe in it".to_owned(), rate("rxe")), three));
         }
         for (of_1000, part, target) in LOSSES {
             let percent = per_cent(of_1000);
@@ -424,20 +426,23 @@ impl Bench {
                 ("hosts", "FreeFlow", Target::AtLeast(part, target)),
                 ("rxe", "rxe", Target::None),
             ] {
-                let left = rate(&format!("{kind}-loss-{percent}"))?;
-                let whole = rate(&format!("{kind}-loss-0"))?;
+                let left = rate(&format!("{kind}-loss-{percent}"));
+                let whole = rate(&format!("{kind}-loss-0"));
                 let name = format!("{who}, ib_write_bw 65536 B, netem loss {percent} %");
                 rows.push(((name, left), ("no loss".to_owned(), whole), target));
             }
         }
-        let connections = ("rxe in it".to_owned(), rate("rxe-cm")?);
-        let local = rate("local-cm")?;
+        let connections = ("rxe in it".to_owned(), rate("rxe-cm"));
+        let local = rate("local-cm");
         for ((name, figure), peer, target) in rows {
             self.row(name, (figure, "MiB/s"), peer, target);
         }
         let name = "cmtime on one host, connections, in a guest".to_owned();
         let five = Target::AtLeast(5.0, "at least 5");
         self.row(name, (local, "/s"), connections, five);
+        if failed {
+            bail!("not all was measured: {outcome}");
+        }
         Ok(())
     }
 
@@ -731,18 +736,22 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<()> {
         rows: Vec::new(),
     };
     let wanted = |name: &str| args.only.as_deref().is_none_or(|only| name.contains(only));
+    let mut failed = Vec::new();
     for (name, part) in PARTS.iter().filter(|(name, _)| wanted(name)) {
         eprintln!("measuring {name}");
-        part(&mut bench).with_context(|| format!("cannot measure {name}"))?;
+        if let Err(e) = part(&mut bench) {
+            eprintln!("cannot measure {name}: {e:#}");
+            failed.push(*name);
+        }
     }
     let mut table = vec![["measured", "", "peer", "", "ratio", "target", ""].map(str::to_owned)];
     table.extend(bench.rows.iter().map(|row| {
         [
             row.name.clone(),
-            format!("{:.3} {}", row.figure, row.unit),
+            format!("{} {}", shown(row.figure, 3), row.unit),
             row.peer.clone(),
-            format!("{:.3}", row.peer_figure),
-            format!("{:.2}", row.ratio),
+            shown(row.peer_figure, 3),
+            shown(row.ratio, 2),
             row.target.to_owned(),
             if row.met { "met" } else { "MISSED" }.to_owned(),
         ]
@@ -752,7 +761,19 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<()> {
         .json
         .clone()
         .unwrap_or_else(|| target().join("bench.json"));
-    write(&file, &bench.rows)
+    write(&file, &bench.rows)?;
+    if !failed.is_empty() {
+        bail!("cannot measure {}", failed.join(", "));
+    }
+    Ok(())
+}
+
+/// A figure with so many decimal places.
+fn shown(figure: f64, places: usize) -> String {
+    if figure.is_nan() {
+        return "failed".to_owned();
+    }
+    format!("{figure:.places$}")
 }
 
 fn write(file: &Path, rows: &[Row]) -> Result<()> {
