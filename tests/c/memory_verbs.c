@@ -1287,6 +1287,19 @@ static void case_capabilities(void)
 	CHECK(attr.xrc_odp_caps == attr.odp_caps.per_transport_caps.rc_odp_caps);
 }
 
+// Of an endpoint whose registered bytes are limited, and what is said then.
+static void case_limited(void)
+{
+	open_device();
+	a.pd = ibv_alloc_pd(ctx);
+	struct ibv_device_attr_ex attr;
+	CHECK(a.pd && ibv_query_device_ex(ctx, NULL, &attr) == 0);
+	CHECK(attr.odp_caps.general_caps == IBV_ODP_SUPPORT);
+	CHECK(!ibv_reg_mr(a.pd, NULL, SIZE_MAX, IBV_ACCESS_ON_DEMAND) && errno == ENOMEM);
+	struct ibv_mr *mr = ibv_reg_mr(a.pd, pages(SIZE), SIZE, IBV_ACCESS_ON_DEMAND);
+	CHECK(mr && ibv_dereg_mr(mr) == 0);
+}
+
 static const struct {
 	const char *name;
 	void (*run)(void);
@@ -1306,6 +1319,7 @@ static const struct {
 	{ "buffers", case_buffers },
 	{ "rings_made_by_threads", case_rings_made_by_threads },
 	{ "capabilities", case_capabilities },
+	{ "limited", case_limited },
 };
 
 int main(int argc, char **argv)

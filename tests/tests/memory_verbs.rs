@@ -1,13 +1,23 @@
 //! The memory verbs as an unmodified C program sees them: see `c/memory_verbs.c`.
 
-use freeflow_tests::{Bed, compiled};
+use freeflow_tests::{Bed, DEADLINE, Running, compiled};
 
 fn holds(case: &str) {
+    holds_with(case, &[]);
+}
+
+/// It holds on an endpoint that `freeflow run` makes with these options.
+fn holds_with(case: &str, options: &[&str]) {
     let Some(program) = compiled("memory_verbs") else {
         return;
     };
     let bed = Bed::new().expect("a router starts");
-    let said = bed.endpoint().run(&program, &[case]).unwrap();
+    let mut command = bed.freeflow();
+    command.args(["run", "--ip", "10.77.0.1"]).args(options);
+    command.args(["--", &program, case]);
+    let said = Running::start(&mut command)
+        .and_then(|running| running.wait(DEADLINE)?.success())
+        .unwrap();
     assert_eq!(said.stdout, format!("{case} holds\n"), "{said}");
     assert_eq!(said.stderr, "", "{said}");
     // It broke no rule: its session ended as that of any program does.
@@ -32,4 +42,9 @@ macro_rules! cases {
 cases! {
     rereg window_type_1 window_type_2 windows_over_xrc bind_errors extended_posting atomic_write zero_based
     null_region on_demand implicit device_memory buffers rings_made_by_threads capabilities
+}
+
+#[test]
+fn limited() {
+    holds_with("limited", &["--quota", "registered=1M"]);
 }

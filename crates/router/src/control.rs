@@ -221,6 +221,7 @@ impl Engine {
             endpoint: endpoint.name.clone(),
             page_size: crate::memory::page_size(),
             mtu: self.network.mtu(),
+            implicit_regions: endpoint.may_have_everything(),
         })
     }
 

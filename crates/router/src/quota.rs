@@ -86,6 +86,11 @@ impl Endpoint {
         self.allowance.usage
     }
 
+    /// Whether it may have regions of all addresses, which are any number of bytes.
+    pub(crate) fn may_have_everything(&self) -> bool {
+        self.allowance.quota.limit(Resource::Registered) == u64::MAX
+    }
+
     /// The device's limits as they are here.
     pub(crate) fn limits(&self, device: &DeviceLimits) -> DeviceLimits {
         let most = |of, limit: u32| {

@@ -38,7 +38,7 @@ pub use srq::{
 };
 
 /// Version of the protocol; a router serves the version it names in [`Welcome`] alone.
-pub const PROTOCOL_VERSION: u16 = 3;
+pub const PROTOCOL_VERSION: u16 = 4;
 
 /// Largest encoded message, either way.
 pub const MAX_MESSAGE_BYTES: usize = 64 * 1024;

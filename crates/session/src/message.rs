@@ -285,6 +285,8 @@ pub struct DeviceInfo {
     pub page_size: u64,
     /// The port's MTU: what the network between hosts carries.
     pub mtu: Mtu,
+    /// Whether regions of all addresses may be had: not where registered bytes are limited.
+    pub implicit_regions: bool,
 }
 
 /// Answer to [`Request::Hello`]. Descriptors: the doorbell (an eventfd), then the slab that

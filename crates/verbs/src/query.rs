@@ -151,11 +151,15 @@ pub(crate) unsafe extern "C" fn query_device_ex(
     }
     // SAFETY: the caller gives an open context.
     let info = unsafe { context(ctx) }.client.query();
+    let implicit = match info.implicit_regions {
+        true => IBV_ODP_SUPPORT_IMPLICIT,
+        false => 0,
+    };
     let full = ibv_device_attr_ex {
         orig_attr: device_attr(&info),
         comp_mask: 0,
         odp_caps: ibv_odp_caps {
-            general_caps: IBV_ODP_SUPPORT | IBV_ODP_SUPPORT_IMPLICIT,
+            general_caps: IBV_ODP_SUPPORT | implicit,
             rc_odp_caps: ODP_RC,
             uc_odp_caps: ODP_UC,
             ud_odp_caps: ODP_UD,
