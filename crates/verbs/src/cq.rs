@@ -9,11 +9,17 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::domain::is_parent;
 use crate::objects::{
-    Base, COND, Channel, Cq, MUTEX, RawLock, code, context, give, minus_one, set_errno, status,
+    Base, COND, Channel, Cq, Current, MUTEX, RawLock, code, context, give, minus_one, set_errno,
+    status,
 };
 
 /// Completions that are taken from the ring at once.
 const BATCH: usize = 16;
+
+/// Nanoseconds between two readings of the monotonic clock that have the time of day between them, and
+/// how often both are read for that.
+const CLOCKS_APART: u64 = 2000;
+const CLOCK_READINGS: u32 = 8;
 
 /// `ibv_create_comp_channel(3)`.
 pub(crate) unsafe extern "C" fn create_comp_channel(
@@ -101,7 +107,7 @@ unsafe fn create(
         read_tm_info: None,
         read_completion_wallclock_ns: Some(read_completion_wallclock_ns),
     };
-    let current = UnsafeCell::new(Completion::default());
+    let current = UnsafeCell::new(Current::default());
     let cq = Box::write(
         room,
         Cq {
@@ -313,7 +319,7 @@ unsafe fn advance(cq: *mut ibv_cq_ex) -> c_int {
     // lock.
     unsafe {
         let object = ibv_cq_ex::object(cq);
-        let current = &mut *object.current.get();
+        let current = &mut (*object.current.get()).completion;
         match object.client.poll(std::slice::from_mut(current)) {
             Ok(0) => libc::ENOENT,
             Ok(_) => {
@@ -335,6 +341,8 @@ unsafe extern "C" fn start_poll(cq: *mut ibv_cq_ex, attr: *mut ibv_poll_cq_attr)
         }
         let object = ibv_cq_ex::object(cq);
         object.polling.lock();
+        // The completions of one batch are told by the same clock.
+        (*object.current.get()).since_1970 = None;
         let result = advance(cq);
         // After a failure there is no end_poll.
         if result != 0 {
@@ -359,33 +367,52 @@ macro_rules! readers {
     ($($name:ident -> $type:ty = |$c:ident| $value:expr;)*) => {
         $(unsafe extern "C" fn $name(cq: *mut ibv_cq_ex) -> $type {
             // SAFETY: the caller is between start_poll and end_poll, and so holds the lock.
-            let $c = unsafe { &*ibv_cq_ex::object(cq).current.get() };
+            let $c = unsafe { &mut *ibv_cq_ex::object(cq).current.get() };
             $value
         })*
     };
 }
 
 readers! {
-    read_opcode -> u32 = |c| c.opcode;
-    read_vendor_err -> u32 = |c| c.vendor_err;
-    read_byte_len -> u32 = |c| c.byte_len;
-    read_imm_data -> u32 = |c| c.imm;
-    read_qp_num -> u32 = |c| c.qpn;
-    read_src_qp -> u32 = |c| c.src_qp;
-    read_wc_flags -> u32 = |c| c.wc_flags;
+    read_opcode -> u32 = |c| c.completion.opcode;
+    read_vendor_err -> u32 = |c| c.completion.vendor_err;
+    read_byte_len -> u32 = |c| c.completion.byte_len;
+    read_imm_data -> u32 = |c| c.completion.imm;
+    read_qp_num -> u32 = |c| c.completion.qpn;
+    read_src_qp -> u32 = |c| c.completion.src_qp;
+    read_wc_flags -> u32 = |c| c.completion.wc_flags;
     read_slid -> u32 = |_c| 0;
-    read_sl -> u8 = |c| c.sl;
+    read_sl -> u8 = |c| c.completion.sl;
     read_dlid_path_bits -> u8 = |_c| 0;
-    read_completion_ts -> u64 = |c| c.timestamp;
-    read_completion_wallclock_ns -> u64 = |c| wallclock(c.timestamp);
+    read_completion_ts -> u64 = |c| c.completion.timestamp;
+    read_completion_wallclock_ns -> u64 = |c| c.wallclock();
 }
 
-/// Nanoseconds since 1970 of a moment of the monotonic clock, if the time of day has not been set
-/// since.
-fn wallclock(timestamp: u64) -> u64 {
-    now(ClockId::Realtime)
-        .wrapping_sub(now(ClockId::Monotonic))
-        .wrapping_add(timestamp)
+impl Current {
+    /// When it completed, in nanoseconds since 1970.
+    fn wallclock(&mut self) -> u64 {
+        let since_1970 = *self.since_1970.get_or_insert_with(monotonic_since_1970);
+        since_1970.wrapping_add(self.completion.timestamp)
+    }
+}
+
+/// Nanoseconds from 1970 to the monotonic clock's zero, by the time of day as it is set now.
+fn monotonic_since_1970() -> u64 {
+    let read = || {
+        let before = now(ClockId::Monotonic);
+        let of_day = now(ClockId::Realtime);
+        let apart = now(ClockId::Monotonic).wrapping_sub(before);
+        (apart, of_day.wrapping_sub(before.wrapping_add(apart / 2)))
+    };
+    // A thread that loses its processor between two of them reads again, but not for ever.
+    let mut best = read();
+    for _ in 1..CLOCK_READINGS {
+        if best.0 <= CLOCKS_APART {
+            break;
+        }
+        best = best.min(read());
+    }
+    best.1
 }
 
 fn now(clock: ClockId) -> u64 {
@@ -393,4 +420,26 @@ fn now(clock: ClockId) -> u64 {
     (now.tv_sec as u64)
         .wrapping_mul(1_000_000_000)
         .wrapping_add(now.tv_nsec as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_of_day_of_one_batch_are_as_far_apart_as_its_timestamps() {
+        const SECOND: u64 = 1_000_000_000;
+        let mut current = Current::default();
+        let mut told = |timestamp| {
+            current.completion.timestamp = timestamp;
+            current.wallclock()
+        };
+        let timestamp = now(ClockId::Monotonic);
+        let first = told(timestamp);
+        // Unless the time of day is set meanwhile.
+        assert!(now(ClockId::Realtime).abs_diff(first) < 60 * SECOND);
+        for later in 0..1000 {
+            assert_eq!(told(timestamp + later), first + later);
+        }
+    }
 }

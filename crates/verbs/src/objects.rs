@@ -82,8 +82,16 @@ pub(crate) struct Cq {
     pub(crate) client: Arc<client::Cq>,
     /// Held from start_poll to end_poll.
     pub(crate) polling: RawLock,
-    /// The completion that the read functions show; owned by who holds `polling`.
-    pub(crate) current: UnsafeCell<client::Completion>,
+    /// Owned by who holds `polling`.
+    pub(crate) current: UnsafeCell<Current>,
+}
+
+/// What the read functions of a completion queue show.
+#[derive(Default)]
+pub(crate) struct Current {
+    pub(crate) completion: client::Completion,
+    /// Nanoseconds from 1970 to the monotonic clock's zero, once asked for since start_poll.
+    pub(crate) since_1970: Option<u64>,
 }
 
 #[repr(C)]
