@@ -135,15 +135,6 @@ impl DatagramSocket {
         })
     }
 
-    /// What it has open beside its own descriptor, unless another thread is at it.
-    pub(super) fn event_fds(&self) -> Vec<RawFd> {
-        let inner = self.inner.try_lock();
-        inner.map_or_else(
-            |_| Vec::new(),
-            |inner| inner.paths.iter().map(Path::fd).collect(),
-        )
-    }
-
     fn waits(&self, how: How) -> bool {
         // Relaxed: the program orders what it does with the socket.
         !self.nonblocking.load(Ordering::Relaxed) && !how.dont_wait
@@ -398,13 +389,14 @@ impl Inner {
         }
     }
 
-    /// Takes in a UDP datagram. Anybody may have sent it: what fails for its sake is no error of the
-    /// program's.
-    fn over_udp(&mut self, from: SocketAddr, bytes: &[u8]) {
+    /// Takes in a UDP datagram; whether the way to its sender was looked for, which takes time. Anybody
+    /// may have sent it: what fails for its sake is no error of the program's.
+    fn over_udp(&mut self, from: SocketAddr, bytes: &[u8]) -> bool {
         let Some((header, payload)) = UdpHeader::split(bytes) else {
-            return;
+            return false;
         };
-        let answer = self.met(from, header.qpn);
+        let mut looked = false;
+        let answer = self.met(from, header.qpn, &mut looked);
         if header.op == UdpOp::Data {
             if let Some(answer) = answer {
                 let mut bytes = Vec::new();
@@ -414,10 +406,11 @@ impl Inner {
             }
             self.arrived(from, payload);
         }
+        looked
     }
 
     /// A peer has told its queue pair: what to answer, unless it is not to be remembered.
-    fn met(&mut self, from: SocketAddr, qpn: u32) -> Option<UdpHeader> {
+    fn met(&mut self, from: SocketAddr, qpn: u32, looked: &mut bool) -> Option<UdpHeader> {
         if !self.destinations.contains_key(&from) && self.strangers >= STRANGERS {
             return None;
         }
@@ -430,6 +423,7 @@ impl Inner {
                 true => RESOLVE_STRANGER,
                 false => RESOLVE,
             };
+            *looked = true;
             destination.remote = resolve(path.local, from, qpn, time).ok();
             destination.unreachable = destination.stranger && destination.remote.is_none();
         }
@@ -440,16 +434,18 @@ impl Inner {
         })
     }
 
-    /// Takes in UDP datagrams, not without end; whether there were any.
+    /// Takes in UDP datagrams, not without end, and no more behind one whose sender had to be looked
+    /// for: others wait for the lock. Whether there were any.
     fn take_udp(&mut self) -> bool {
         let mut some = false;
         let mut buffer = [0; MAX_DATAGRAM + UdpHeader::MAX_BYTES];
         for _ in 0..UDP_BATCH {
             match recvfrom(&self.udp, &mut buffer, RecvFlags::DONTWAIT) {
                 Ok((len, _, Some(from))) => {
-                    if let Ok(from) = name(from) {
-                        let bytes = buffer;
-                        self.over_udp(from, &bytes[..len]);
+                    if let Ok(from) = name(from)
+                        && self.over_udp(from, &buffer[..len])
+                    {
+                        return true;
                     }
                 }
                 Ok(_) | Err(Errno::INTR) => {}

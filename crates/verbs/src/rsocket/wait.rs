@@ -14,7 +14,8 @@ use super::config::defaults;
 
 /// What a thread waits for.
 pub(super) trait Source {
-    /// Takes in what has happened; if `look`, also what costs a system call to see.
+    /// Takes in what has happened; if `look`, also what costs a system call to see, which else is seen
+    /// from time to time.
     fn advance(&mut self, look: bool);
 
     /// Whether a program that does not wait is to be told of that too.
