@@ -21,6 +21,7 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -906,6 +907,98 @@ static void forks_close_all(void)
 	end(first);
 }
 
+/* Memory that nobody may touch before its fault is handled. */
+static void *faulting;
+
+static void fault(int signal)
+{
+	(void)signal;
+	sem_post(&sleeping.receiver_sleeps);
+	await(&sleeping.receiver_may);
+	MUST(mprotect(faulting, 10, PROT_READ | PROT_WRITE) == 0);
+}
+
+static void *faulting_receiver(void *arg)
+{
+	CHECK(rrecv(*(int *)arg, faulting, 10, 0) == 10);
+	return NULL;
+}
+
+/* What a child has open when it has closed these. */
+static int left_in_a_child(struct pair pair)
+{
+	pid_t child = fork();
+	int status;
+
+	MUST(child >= 0);
+	if (child == 0) {
+		end(pair);
+		_exit(open_descriptors());
+	}
+	MUST(waitpid(child, &status, 0) == child && WIFEXITED(status));
+	return WEXITSTATUS(status);
+}
+
+/* Nor if another thread of the parent's is at a socket at that time: here, copies what it receives. */
+static void forks_beside_threads(void)
+{
+	struct sigaction action = {.sa_handler = fault};
+	struct pair pair = connected();
+	pthread_t thread;
+	int left;
+
+	MUST(sem_init(&sleeping.receiver_sleeps, 0, 0) == 0);
+	MUST(sem_init(&sleeping.receiver_may, 0, 0) == 0);
+	faulting = mmap(NULL, 10, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	MUST(faulting != MAP_FAILED && sigaction(SIGSEGV, &action, NULL) == 0);
+	send_all(pair.far, 0, 10);
+	CHECK(ready(pair.near, POLLIN, DEADLINE_MS) == POLLIN);
+	left = left_in_a_child(pair);
+	MUST(!pthread_create(&thread, NULL, faulting_receiver, &pair.near));
+	await(&sleeping.receiver_sleeps);
+	CHECK(left_in_a_child(pair) == left);
+	sem_post(&sleeping.receiver_may);
+	pthread_join(thread, NULL);
+	CHECK(is_filled(faulting, 0, 10));
+	end(pair);
+}
+
+/* What a program has put in the place of our descriptors is its own. */
+static void forks_leave_what_is_not_theirs(void)
+{
+	enum { most = 256 };
+	struct pair first = connected(), pair;
+	int before[most], pipes[2], status;
+	pid_t child;
+
+	MUST(pipe(pipes) == 0);
+	for (int fd = 0; fd < most; fd++)
+		before[fd] = fcntl(fd, F_GETFD) >= 0;
+	pair = connected();
+	for (int fd = 0; fd < most; fd++)
+		if (!before[fd] && fcntl(fd, F_GETFD) >= 0) {
+			before[fd] = -1;
+			MUST(dup2(pipes[0], fd) == fd);
+		}
+	CHECK(before[pair.near] == -1 && before[pair.far] == -1);
+	child = fork();
+	MUST(child >= 0);
+	if (child == 0) {
+		end(pair);
+		for (int fd = 0; fd < most; fd++)
+			CHECK(before[fd] != -1 || fcntl(fd, F_GETFD) >= 0);
+		end(first);
+		_exit(checks());
+	}
+	MUST(waitpid(child, &status, 0) == child);
+	CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+	fflush(stdout);
+	/* This process has nothing to end by. */
+	printf("%d checks, %d failed\n", checks_done, checks_failed);
+	fflush(stdout);
+	_exit(checks_failed != 0);
+}
+
 /* A child cannot use its parent's connections, and does not end them. */
 static void forks(void)
 {
@@ -1292,6 +1385,38 @@ static void strangers(void)
 	CHECK(rclose(ends[0]) == 0 && rclose(ends[1]) == 0);
 }
 
+/* A call takes its time for one stranger, whose way is to be found, and leaves the others to the
+ * next. */
+static void strangers_in_turn(void)
+{
+	enum { many = 20 };
+	int ends[2], fds[many], answered = 0;
+	struct sockaddr_in from = {.sin_family = AF_INET}, to;
+	char c, answer[sizeof from_stranger];
+
+	from.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	datagram_pair(ends);
+	datagrams_meet(ends);
+	datagrams_meet(ends);
+	to = name_of(ends[0]);
+	from_stranger[5] = 0;
+	for (int i = 0; i < many; i++) {
+		fds[i] = bound(&from);
+		MUST(sendto(fds[i], from_stranger, sizeof from_stranger, 0,
+			    (struct sockaddr *)&to, sizeof to) > 0);
+	}
+	for (int turn = 1; turn <= many; turn++) {
+		MUST(rrecv(ends[0], &c, 1, MSG_DONTWAIT) == 0);
+		for (int i = 0; i < many; i++)
+			if (recv(fds[i], answer, sizeof answer, MSG_DONTWAIT) > 0)
+				answered++;
+		CHECK(answered == turn);
+	}
+	for (int i = 0; i < many; i++)
+		close(fds[i]);
+	CHECK(rclose(ends[0]) == 0 && rclose(ends[1]) == 0);
+}
+
 /* A program with many streams ends although nothing that it has sent arrives: the router, whose
  * process the argument is, stands still meanwhile. */
 static void exits_beside_a_stopped_router(void)
@@ -1367,6 +1492,8 @@ int main(int argc, char **argv)
 		{"epoll", epoll},
 		{"direct_writes", direct_writes},
 		{"forks_close_all", forks_close_all},
+		{"forks_beside_threads", forks_beside_threads},
+		{"forks_leave_what_is_not_theirs", forks_leave_what_is_not_theirs},
 		{"forks", forks},
 		{"exits", exits},
 		{"errors", errors},
@@ -1376,6 +1503,7 @@ int main(int argc, char **argv)
 		{"datagrams_router_dies", datagrams_router_dies},
 		{"newcomers", newcomers},
 		{"strangers", strangers},
+		{"strangers_in_turn", strangers_in_turn},
 		{"exits_beside_a_stopped_router", exits_beside_a_stopped_router},
 		{"datagrams", datagrams},
 		{"echo", echo},

@@ -43,7 +43,8 @@ cases! {
 
 cases! {
     Some(LOOPBACK);
-    sleepers timeouts newcomers forks_close_all
+    sleepers timeouts newcomers forks_close_all forks_beside_threads
+    forks_leave_what_is_not_theirs strangers_in_turn
 }
 
 #[test]

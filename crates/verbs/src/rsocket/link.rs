@@ -12,6 +12,7 @@ use freeflow_rsocket::{Config, Place, Post, Stream, Write};
 use super::device::Shared;
 use super::io::Mapped;
 use super::memory::{Memory, Vectors};
+use super::table::Beside;
 use super::wait::now;
 
 /// Completions that are taken at once.
@@ -24,6 +25,7 @@ const RECEIVE: u64 = 1 << 63;
 pub(super) struct Link {
     pub(super) stream: Stream,
     memory: Memory,
+    _beside: Beside,
     events: Arc<CompChannel>,
     cq: Arc<Cq>,
     qp: Arc<Qp>,
@@ -106,6 +108,7 @@ impl Link {
         let link = Link {
             stream: Stream::new(config, memory.local()),
             memory,
+            _beside: Beside::new(events.fd()),
             events,
             cq: cq.clone(),
             qp,

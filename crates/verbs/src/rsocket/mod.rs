@@ -227,7 +227,11 @@ pub(crate) unsafe extern "C" fn rclose(fd: c_int) -> c_int {
         Descriptor::Stream(socket) => socket.close(),
         Descriptor::Datagram(socket) => socket.close(),
         Descriptor::Epoll(_) => {}
-        &Descriptor::Inherited(fd) => table::close_inherited(fd),
+        Descriptor::Inherited(file) => {
+            if let Some(file) = file {
+                file.close_inherited();
+            }
+        }
     }
     0
 }

@@ -15,6 +15,7 @@ use freeflow_rsocket::DatagramHeader;
 use super::device::Shared;
 use super::link::{set_nonblocking, take_events};
 use super::memory::Vectors;
+use super::table::Beside;
 use super::wait;
 
 /// Bytes of a datagram with its header.
@@ -46,6 +47,7 @@ pub(super) struct Path {
     header: Vec<u8>,
     pages: Buf,
     mr: Mr,
+    _beside: Beside,
     events: Arc<CompChannel>,
     cq: Arc<Cq>,
     qp: Arc<Qp>,
@@ -116,6 +118,7 @@ impl Path {
             header,
             pages,
             mr,
+            _beside: Beside::new(events.fd()),
             events,
             cq: cq.clone(),
             qp: qp.clone(),
@@ -317,6 +320,7 @@ fn find(
     time: Duration,
 ) -> Result<CmPort, Errno> {
     set_nonblocking(channel.fd())?;
+    let _beside = Beside::new(channel.fd());
     let id = channel.create_id(PortSpace::Udp, QpType::Ud, 0)?;
     // The port is the socket's.
     from.set_port(0);

@@ -108,15 +108,6 @@ impl StreamSocket {
         }
     }
 
-    /// What it has open beside its own descriptor, unless another thread is at it.
-    pub(super) fn event_fds(&self) -> Vec<RawFd> {
-        let inner = self.inner.try_lock();
-        inner.map_or_else(
-            |_| Vec::new(),
-            |inner| inner.link.iter().map(Link::fd).collect(),
-        )
-    }
-
     pub(super) fn is_nonblocking(&self) -> bool {
         // Relaxed: the program orders what it does with the socket.
         self.nonblocking.load(Ordering::Relaxed)
