@@ -19,8 +19,9 @@ use crate::session::{Session, unpoisoned};
 /// Empty polls between looks whether the router still lives.
 const POLLS_PER_CHECK: u32 = 4096;
 
-/// What was posted before a queue is resized is to count, as with a device that executes it at once:
-/// a router that is asleep, or busy with others, gets so much time for it.
+/// How long at most the router gets to take up what the session has posted, before a queue is resized
+/// to what it holds. Taken up is not completed, and what is posted to other queues meanwhile counts
+/// too: what completes later needs room in the new ring, as with a device that is at work.
 const TAKE_UP_TIME: Duration = Duration::from_millis(10);
 
 /// A completion, with the numbers of `struct ibv_wc`.

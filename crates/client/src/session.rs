@@ -227,7 +227,7 @@ impl Session {
         }
     }
 
-    /// Waits until the router has taken up what was posted, at most for so long.
+    /// Waits until the router has taken up what was posted to any queue, at most for so long.
     pub(crate) fn wait_until_taken_up(&self, most: Duration) {
         let until = Instant::now() + most;
         while DirtyMap::new(self.dirty.words()).is_some_and(|map| map.is_dirty())
