@@ -25,6 +25,8 @@ const INITIAL_PROBE_NS: u64 = 5_000_000;
 /// processor for about so long. Where a probe is of one packet, less will do.
 const MIN_PROBE_NS: u64 = 1_000_000;
 const MIN_SELECTIVE_PROBE_NS: u64 = 250_000;
+/// What an answer after probes makes of it at most.
+const MAX_FLOOR_NS: u64 = 1_000_000_000;
 /// Nanoseconds from one acknowledgement to the next, and how many there are in a round trip at
 /// least and at most.
 const ACK_SPACING_NS: u64 = 100_000;
@@ -51,6 +53,8 @@ pub(crate) struct Window {
     srtt: u64,
     rttvar: u64,
     min_rtt: u64,
+    /// What a round trip took at most, and a little more, as long as it could not be measured.
+    floor: u64,
 }
 
 impl Default for Window {
@@ -65,6 +69,7 @@ impl Default for Window {
             srtt: 0,
             rttvar: 0,
             min_rtt: u64::MAX,
+            floor: 0,
         }
     }
 }
@@ -89,6 +94,7 @@ impl Window {
 
     /// A round trip took so long.
     pub(crate) fn on_rtt(&mut self, sample: u64) {
+        self.floor = 0;
         if self.srtt == 0 {
             self.srtt = sample.max(1);
             self.rttvar = sample / 2;
@@ -101,6 +107,13 @@ impl Window {
         if self.cwnd < self.threshold && sample > self.min_rtt.saturating_add(step) {
             self.threshold = self.cwnd;
         }
+    }
+
+    /// An answer came so long after the first of several copies: to which of them is not known, so
+    /// it measures nothing (Karn's algorithm, RFC 6298, 3). But who waits so long for the next
+    /// answer will measure it, if what the copies were sent for was not a loss.
+    pub(crate) fn on_rtt_at_most(&mut self, sample: u64) {
+        self.floor = sample.saturating_add(sample / 8).min(MAX_FLOOR_NS);
     }
 
     /// So many full packets were acknowledged while the window was what held the sender back.
@@ -162,6 +175,7 @@ impl Window {
         // Where queues are full, the first packets of a connection need many tries.
         let doublings = if self.srtt == 0 { 2 } else { 6 };
         base.saturating_mul(1 << probes.min(doublings))
+            .max(self.floor)
     }
 }
 
@@ -265,5 +279,11 @@ mod tests {
         assert_eq!(w.probe_ns(0, false), MIN_PROBE_NS);
         assert_eq!(w.probe_ns(3, true), 8 * MIN_SELECTIVE_PROBE_NS);
         assert!(w.probe_ns(255, false) > w.probe_ns(3, false));
+        w.on_rtt_at_most(8_000_000);
+        assert_eq!(w.probe_ns(0, true), 9_000_000);
+        w.on_rtt_at_most(u64::MAX);
+        assert_eq!(w.probe_ns(0, true), MAX_FLOOR_NS);
+        w.on_rtt(10_000);
+        assert_eq!(w.probe_ns(0, true), MIN_SELECTIVE_PROBE_NS);
     }
 }

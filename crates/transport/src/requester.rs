@@ -205,6 +205,15 @@ impl Slot {
     }
 }
 
+/// A packet, and when it was first sent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+struct Sample {
+    psn: u64,
+    sent: u64,
+    /// It was sent again: which copy is answered will not be known.
+    copied: bool,
+}
+
 /// The requester of a queue pair on the wire.
 ///
 /// [`post`](Self::post) takes work; [`next_packet`](Self::next_packet) says what to send, until
@@ -234,17 +243,14 @@ pub struct Requester {
     /// Packets and bytes since the last that asked for an acknowledgement.
     unasked: u32,
     unasked_bytes: u64,
-    /// A packet, and when it was sent, to measure a round trip.
-    sample: Option<(u64, u64)>,
+    /// What a round trip is measured by.
+    sample: Option<Sample>,
     /// The window, not lack of work, stopped the sender since the last answer.
     limited: bool,
     timeouts: u8,
     rnr_naks: u8,
-    /// Probes since the last answer, and since a round trip was last measured: until then the time
-    /// to the next stays what these have made it (Karn's algorithm, RFC 6298, 5.7), for what took
-    /// probes for losses cannot be measured.
+    /// Probes since the last answer.
     probes: u8,
-    backoff: u8,
     /// When the peer will be ready, when an answer is missed, and when it is overdue.
     ready_at: Option<u64>,
     probe_at: Option<u64>,
@@ -275,7 +281,6 @@ impl Requester {
             timeouts: 0,
             rnr_naks: 0,
             probes: 0,
-            backoff: 0,
             ready_at: None,
             probe_at: None,
             overdue_at: None,
@@ -439,9 +444,12 @@ impl Requester {
             self.limited = true;
             return None;
         }
-        if self.sample.is_some_and(|(psn, _)| numbers.contains(&psn)) {
-            // Which transmission is answered will not be known.
-            self.sample = None;
+        if let Some(sample) = &mut self.sample
+            && numbers.contains(&sample.psn)
+        {
+            sample.copied = true;
+            // That what is known to be lost takes longer says nothing.
+            self.sample = self.sample.filter(|_| self.probes != 0);
         }
         for number in numbers {
             let size = self.size(&slot, number);
@@ -464,7 +472,11 @@ impl Requester {
         if ask {
             (self.unasked, self.unasked_bytes) = (0, 0);
             if lost.is_none() && self.sample.is_none() {
-                self.sample = Some((psn, now));
+                self.sample = Some(Sample {
+                    psn,
+                    sent: now,
+                    copied: false,
+                });
             }
         }
         self.start_timers(now);
@@ -560,7 +572,7 @@ impl Requester {
     fn start_timers(&mut self, now: u64) {
         if self.probe_at.is_none() {
             let selective = self.connection.selective;
-            let wait = self.window.probe_ns(self.backoff, selective);
+            let wait = self.window.probe_ns(self.probes, selective);
             self.probe_at = Some(now.saturating_add(wait));
         }
         if self.overdue_at.is_none() {
@@ -605,7 +617,6 @@ impl Requester {
             self.again(now);
         } else if self.probe_at.is_some_and(|at| now >= at) {
             self.probes = self.probes.saturating_add(1);
-            self.backoff = self.backoff.saturating_add(1);
             if self.probes > 1 {
                 self.window.on_timeout();
             } else if self.connection.selective {

@@ -307,32 +307,66 @@ fn without_a_timeout_probes_go_on_for_ever() {
     }
 }
 
+/// Posts so many SENDs together, each answered after `time`; how many packets are sent more than
+/// once.
+fn exchange(b: &mut Bench, at: &mut i32, batch: i32, time: u64) -> usize {
+    let sent: Vec<_> = (*at..*at + batch).collect();
+    for _ in &sent {
+        b.post(Opcode::Send, 10);
+    }
+    assert_eq!(b.sent(), sent);
+    let (answered, mut copies) = (b.now + time, 0);
+    while b.requester.next_timeout().is_some_and(|t| t < answered) {
+        assert_eq!(b.timeout(), []);
+        copies += b.send().len();
+    }
+    b.now = answered;
+    for psn in sent {
+        assert_eq!(b.ack(psn).len(), 1);
+    }
+    *at += batch;
+    copies
+}
+
+fn patient(selective: bool) -> Bench {
+    Bench::new(&Connection {
+        selective,
+        timeout: 20,
+        ..connection()
+    })
+}
+
 #[test]
 fn a_round_trip_that_has_grown_is_measured_anew() {
     for selective in [false, true] {
-        let mut b = Bench::new(&Connection {
-            selective,
-            ..connection()
-        });
-        let mut exchange = |at: i32, time: u64| {
-            b.post(Opcode::Send, 10);
-            assert_eq!(b.sent(), [at]);
-            let (answered, mut copies) = (b.now + time, 0);
-            while b.requester.next_timeout().is_some_and(|t| t < answered) {
-                assert_eq!(b.timeout(), []);
-                copies += b.send().len();
+        for (batch, longer) in [(1, 100), (2, 100), (2, 1000), (5, 5000)] {
+            let (mut b, mut at) = (patient(selective), 0);
+            assert_eq!(exchange(&mut b, &mut at, batch, RTT), 0);
+            assert_ne!(exchange(&mut b, &mut at, batch, longer * RTT), 0);
+            // One flight tells how long to wait; then the estimate follows.
+            for _ in 0..10 {
+                exchange(&mut b, &mut at, batch, longer * RTT);
             }
-            b.now = answered;
-            assert_eq!(b.ack(at).len(), 1);
-            copies
-        };
-        assert_eq!(exchange(0, RTT), 0);
-        assert_ne!(exchange(1, 100 * RTT), 0);
-        (2..20).for_each(|at| {
-            exchange(at, 100 * RTT);
-        });
-        assert_eq!(exchange(20, 100 * RTT), 0);
-        assert!(b.requester.round_trip().unwrap() > 50 * RTT);
+            for _ in 0..10 {
+                assert_eq!(exchange(&mut b, &mut at, batch, longer * RTT), 0);
+            }
+            assert!(b.requester.round_trip().unwrap() > longer / 2 * RTT);
+        }
+    }
+}
+
+#[test]
+fn a_long_round_trip_is_measured_from_the_start() {
+    const MS: u64 = 1_000_000;
+    for selective in [false, true] {
+        for (batch, time) in [(1, 25), (1, 40), (1, 80), (2, 40), (1, 600)] {
+            let (mut b, mut at) = (patient(selective), 0);
+            assert_ne!(exchange(&mut b, &mut at, batch, time * MS), 0);
+            for _ in 0..10 {
+                assert_eq!(exchange(&mut b, &mut at, batch, time * MS), 0);
+            }
+            assert_eq!(b.requester.round_trip(), Some(time * MS));
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use freeflow_types::{Opcode, WcStatus, rnr_timer_ns};
 use freeflow_wire::{BthOpcode, Headers, NakCode, Service, Syndrome};
 
-use super::{Fate, HEADER_BYTES, Part, Requester, RequesterEvent};
+use super::{Fate, HEADER_BYTES, Part, Requester, RequesterEvent, Sample};
 use crate::connection::extend;
 use crate::selective::{self, Selective};
 
@@ -11,8 +11,8 @@ use crate::selective::{self, Selective};
 const RNR_FOR_EVER: u8 = 7;
 
 impl Requester {
-    /// An answer, or a notification of congestion, has come, with so many bytes of payload. What it means is appended to `events`.
-    /// Answers to nothing that is under way are ignored.
+    /// An answer, or a notification of congestion, has come, with so many bytes of payload. What
+    /// it means is appended to `events`. Answers to nothing that is under way are ignored.
     pub fn on_response(
         &mut self,
         headers: &Headers,
@@ -122,17 +122,16 @@ impl Requester {
         if arrived == 0 && self.flight.oldest() == before {
             return;
         }
-        if let Some((psn, sent)) = self.sample {
+        if let Some(Sample { psn, sent, copied }) = self.sample {
             let fate = self.flight.fate(psn);
             if fate.is_none_or(|f| matches!(f, Fate::Answered | Fate::Held)) {
-                self.window.on_rtt(now.saturating_sub(sent));
+                let time = now.saturating_sub(sent);
+                match copied {
+                    false => self.window.on_rtt(time),
+                    true => self.window.on_rtt_at_most(time),
+                }
                 self.sample = None;
-                self.backoff = 0;
             }
-        }
-        if self.probes == 0 && self.sample.is_none() {
-            // What comes was not waited for too short a time.
-            self.backoff = 0;
         }
         // A window that is not made use of has nothing to grow for (RFC 7661).
         if self.limited && self.window() <= 2 * (self.flight.under_way() + arrived) {
@@ -202,7 +201,7 @@ impl Requester {
         }
         self.rnr_naks = self.rnr_naks.saturating_add(1);
         // The peer answers: it is not lost (IBTA volume 1, 9.7.5.2.8).
-        (self.timeouts, self.probes, self.backoff) = (0, 0, 0);
+        (self.timeouts, self.probes) = (0, 0);
         self.sample = None;
         (self.probe_at, self.overdue_at) = (None, None);
         self.ready_at = Some(now.saturating_add(rnr_timer_ns(timer)));
