@@ -16,6 +16,7 @@ use freeflow_types::{
 use freeflow_wire::{Aeth, Bth, BthOpcode, Headers, Syndrome, tenant_pkey};
 
 use crate::Hosts;
+use crate::engine::Polled;
 use crate::remote::{Drops, Map, RoceFabric};
 use crate::testbed::{Cq, Host, Made, Process, steps_to_rts};
 
@@ -29,8 +30,12 @@ fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-/// Counts what it is given, and drops it.
-struct Hole(OwnedFd, SendCounters);
+/// Counts what it is given, and drops it; or has no room for any of it, for ever.
+struct Hole {
+    fd: OwnedFd,
+    sent: SendCounters,
+    full: bool,
+}
 
 impl Link for Hole {
     fn local(&self) -> IpAddr {
@@ -42,9 +47,12 @@ impl Link for Hole {
     }
 
     fn send(&mut self, _: u64, trains: &mut Trains) -> io::Result<Progress> {
+        if self.full {
+            return Ok(Progress::Blocked);
+        }
         let all: Vec<_> = trains.left().map(|(at, t)| (at, t.packets())).collect();
         for (at, packets) in all {
-            self.1.packets += packets as u64;
+            self.sent.packets += packets as u64;
             trains.finish(at);
         }
         Ok(Progress::Done)
@@ -60,7 +68,7 @@ impl Link for Hole {
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 
     fn has_checksum(&self) -> bool {
@@ -68,7 +76,7 @@ impl Link for Hole {
     }
 
     fn sent(&self) -> SendCounters {
-        self.1
+        self.sent
     }
 
     fn overflows(&self) -> u64 {
@@ -85,9 +93,17 @@ struct Bench {
 
 impl Bench {
     fn new(authenticated: bool) -> Bench {
+        Self::with(authenticated, false)
+    }
+
+    fn with(authenticated: bool, full: bool) -> Bench {
         let mut host = Host::new();
         let (fd, other) = freeflow_shm::event_pair().unwrap();
-        let link: Box<dyn Link + Send> = Box::new(Hole(fd, SendCounters::default()));
+        let link: Box<dyn Link + Send> = Box::new(Hole {
+            fd,
+            sent: SendCounters::default(),
+            full,
+        });
         let fabric: RoceFabric = Fabric::new(link);
         host.engine.join(fabric).unwrap();
         let hosts = Hosts::parse(&format!("t 10.0.7.0/24 {PEER}")).unwrap();
@@ -192,7 +208,7 @@ impl Bench {
     /// Lets a time pass, timer after timer.
     fn pass(&mut self, ns: u64) {
         let until = self.host.now + ns;
-        while let crate::engine::Polled::Asleep { until: Some(at) } = self.host.round()
+        while let Polled::Asleep { until: Some(at) } = self.host.round()
             && at <= until
         {
             self.host.now = at.max(self.host.now + 1);
@@ -267,6 +283,33 @@ fn requests_without_a_link_end_in_their_time() {
     // The link comes too late for it.
     bench.link(5);
     assert_eq!(bench.sent(), 0);
+}
+
+#[test]
+fn requests_end_in_their_time_where_the_sockets_never_have_room() {
+    let mut bench = Bench::with(true, true);
+    bench.link(5);
+    let qp = bench.qp(QpType::Rc);
+    bench.send(qp, 1);
+    bench.send(qp, 2);
+    // Nothing is done until the next time has come.
+    for _ in 0..3 {
+        let round = bench.host.round();
+        let now = bench.host.now;
+        assert!(
+            matches!(round, Polled::Asleep { until: Some(at) } if at > now),
+            "{round:?} at {now}"
+        );
+    }
+    let time = timeout_ns(TIMEOUT).unwrap() * TRIES;
+    bench.pass(time / 2);
+    assert!(bench.ended().is_empty());
+    bench.pass(time);
+    let ended = [
+        (1, Some(WcStatus::RetryExcErr)),
+        (2, Some(WcStatus::WrFlushErr)),
+    ];
+    assert_eq!((bench.ended(), bench.sent()), (ended.to_vec(), 0));
 }
 
 #[test]

@@ -437,12 +437,16 @@ impl Engine {
             self.network.fabric = Some(fabric);
             return Step::Nothing;
         };
-        let mut step = Step::Nothing;
+        let mut step;
         if matches!(remote.standing, Standing::Waiting { .. }) {
             step = self.wait_for_link(qp, &mut remote);
-        } else if !self.network.waits_for_room(qp) {
-            let sent = self.answer(qp, &mut remote, &mut fabric);
-            step = self.request(qp, &mut remote, &mut fabric).or(sent);
+        } else {
+            // Time passes for who waits for room, too.
+            step = self.time_out(qp, &mut remote);
+            if !self.network.waits_for_room(qp) {
+                let sent = self.answer(qp, &mut remote, &mut fabric).or(step);
+                step = self.request(qp, &mut remote, &mut fabric).or(sent);
+            }
         }
         self.network.fabric = Some(fabric);
         let Some(q) = self.qps.get_mut(qp) else {

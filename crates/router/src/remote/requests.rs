@@ -40,6 +40,25 @@ impl Step {
 }
 
 impl Engine {
+    /// Tells the requester of a time that has come.
+    pub(super) fn time_out(&mut self, qp: Handle, remote: &mut Remote) -> Step {
+        let sends = |state| matches!(state, QpState::Rts | QpState::Sqd);
+        let now = self.now;
+        let Some(requester) = (self.qps.get(qp))
+            .filter(|q| sends(q.transport.state()))
+            .and(remote.requester.as_mut())
+            .filter(|r| r.next_timeout().is_some_and(|at| at <= now))
+        else {
+            return Step::Nothing;
+        };
+        requester.on_timeout(now, &mut remote.events);
+        if remote.events.is_empty() {
+            return Step::Nothing;
+        }
+        self.take_events(qp, remote, &[]);
+        Step::Done(0)
+    }
+
     /// Posts what is in the send ring, and sends packets.
     pub(super) fn request(
         &mut self,
@@ -56,18 +75,7 @@ impl Engine {
             QpState::Sqd => false,
             _ => return Step::Nothing,
         };
-        let mut events = std::mem::take(&mut remote.events);
-        if let Some(requester) = &mut remote.requester
-            && requester.next_timeout().is_some_and(|at| at <= now)
-        {
-            requester.on_timeout(now, &mut events);
-        }
-        let mut done = !events.is_empty();
-        remote.events = events;
-        self.take_events(qp, remote, &[]);
-        if posts {
-            done |= self.post(qp, remote);
-        }
+        let done = posts && self.post(qp, remote);
         let (mut packets, mut bytes) = (0, 0);
         let mut located = None;
         while packets < PACKETS_PER_STEP && bytes < TURN_BYTES && !self.network.full {
