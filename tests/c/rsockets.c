@@ -1405,13 +1405,17 @@ static void strangers_in_turn(void)
 		MUST(sendto(fds[i], from_stranger, sizeof from_stranger, 0,
 			    (struct sockaddr *)&to, sizeof to) > 0);
 	}
-	for (int turn = 1; turn <= many; turn++) {
-		MUST(rrecv(ends[0], &c, 1, MSG_DONTWAIT) == 0);
+	/* What is left of the two's own meeting has its turns too. */
+	for (int turn = 0; answered < many && turn < 2 * many; turn++) {
+		int before = answered;
+
+		MUST(rrecv(ends[0], &c, 1, MSG_DONTWAIT) == 0 || errno == EAGAIN);
 		for (int i = 0; i < many; i++)
 			if (recv(fds[i], answer, sizeof answer, MSG_DONTWAIT) > 0)
 				answered++;
-		CHECK(answered == turn);
+		CHECK(answered - before <= 1);
 	}
+	CHECK(answered == many);
 	for (int i = 0; i < many; i++)
 		close(fds[i]);
 	CHECK(rclose(ends[0]) == 0 && rclose(ends[1]) == 0);
