@@ -8,6 +8,7 @@ mod checker;
 mod compiled;
 mod footprint;
 mod fuse;
+mod guard;
 mod hosts;
 mod machine;
 pub mod perftest;

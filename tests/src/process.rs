@@ -1,5 +1,5 @@
 //! Programs that are watched: their output is kept, they are killed at a deadline, and never
-//! outlive their test.
+//! outlive their test, even if that is killed.
 
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
@@ -9,6 +9,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{
+    Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid,
+};
+
+use crate::guard::Guarded;
 
 /// A program that ended.
 #[derive(Debug)]
@@ -103,10 +108,13 @@ impl Stream {
     }
 }
 
-/// A program that runs. Dropping it kills it with all its children.
+/// A program that runs. Dropping it kills it with all its children, even if it has ended before them.
 pub struct Running {
     command: String,
+    /// Its number, which is its process group's too, is nobody else's until it is waited for.
     child: Child,
+    /// Until then.
+    guarded: Option<Guarded>,
     stdout: Arc<Stream>,
     stderr: Arc<Stream>,
     readers: Vec<JoinHandle<()>>,
@@ -124,14 +132,10 @@ impl Running {
     }
 
     fn spawn(command: &mut Command) -> Result<Running> {
-        use std::os::unix::process::CommandExt;
         let line = format!("{command:?}");
-        let mut child = command
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .process_group(0)
-            .spawn()
-            .with_context(|| format!("cannot start {line}"))?;
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let (mut child, guarded) =
+            Guarded::spawn(command).with_context(|| format!("cannot start {line}"))?;
         let (Some(out), Some(err)) = (child.stdout.take(), child.stderr.take()) else {
             bail!("{line} has no pipes");
         };
@@ -140,6 +144,7 @@ impl Running {
         Ok(Running {
             command: line,
             child,
+            guarded: Some(guarded),
             stdout,
             stderr,
             readers: vec![out_reader, err_reader],
@@ -153,7 +158,21 @@ impl Running {
 
     /// Whether it has not ended yet.
     pub fn is_alive(&mut self) -> bool {
-        matches!(self.child.try_wait(), Ok(None))
+        matches!(self.status(), Ok(None))
+    }
+
+    /// How it ended, if it has; it is not waited for.
+    fn status(&self) -> Result<Option<ExitStatus>> {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let ended = waitid(WaitId::Pid(self.group()), options).context("cannot wait")?;
+        Ok(ended.map(|ended| {
+            let code = ended.exit_status().map(|code| code << 8);
+            ExitStatus::from_raw(code.or(ended.terminating_signal()).unwrap_or(0))
+        }))
+    }
+
+    fn group(&self) -> Pid {
+        Pid::from_child(&self.child)
     }
 
     /// Gives a line to the standard input of a program that has one.
@@ -186,17 +205,30 @@ impl Running {
     }
 
     /// Sends a signal to the program alone.
-    pub fn signal(&self, signal: rustix::process::Signal) {
-        if let Some(pid) = rustix::process::Pid::from_raw(self.pid() as i32) {
-            let _ = rustix::process::kill_process(pid, signal);
+    pub fn signal(&self, signal: Signal) {
+        let _ = kill_process(self.group(), signal);
+    }
+
+    /// Of a program that starts another one, as `freeflow run` does: kills that with all its
+    /// processes, and waits for the end of the first.
+    pub fn kill_program(&mut self) -> Result<ExitStatus> {
+        let all = descendants(self.pid());
+        if all.len() < 2 {
+            bail!("{} has started nothing", self.command);
         }
+        for pid in all.into_iter().skip(1) {
+            if let Some(pid) = Pid::from_raw(pid as i32) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        }
+        self.reap(crate::DEADLINE)
     }
 
     /// Waits until the program has ended, and leaves what it said in place.
     pub fn reap(&mut self, deadline: Duration) -> Result<ExitStatus> {
         let until = Instant::now() + deadline;
         loop {
-            if let Some(status) = self.child.try_wait().context("cannot wait")? {
+            if let Some(status) = self.status()? {
                 return Ok(status);
             }
             if Instant::now() > until {
@@ -206,33 +238,28 @@ impl Running {
         }
     }
 
-    fn kill_group(&self) {
-        if let Some(pid) = rustix::process::Pid::from_raw(self.pid() as i32) {
-            let _ = rustix::process::kill_process_group(pid, rustix::process::Signal::KILL);
+    /// Kills it with all its children, and waits for it.
+    fn end(&mut self) {
+        if let Some(guarded) = self.guarded.take() {
+            let _ = kill_process_group(self.group(), Signal::KILL);
+            drop(guarded);
+            let _ = self.child.wait();
         }
     }
 
     /// Waits until it ends; killed with all its children, and an error, at the deadline.
     pub fn wait(mut self, deadline: Duration) -> Result<Ended> {
-        let until = Instant::now() + deadline;
-        let status = loop {
-            if let Some(status) = self.child.try_wait().context("cannot wait")? {
-                break status;
-            }
-            if Instant::now() > until {
-                self.kill_group();
-                let _ = self.child.wait();
-                bail!(
-                    "{} is not done after {deadline:?}; it said\n{}{}",
-                    self.command,
-                    self.stdout.lock().0,
-                    self.stderr.lock().0
-                );
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        };
+        let status = self.reap(deadline);
         // Children that were left behind would keep the pipes open.
-        self.kill_group();
+        self.end();
+        let status = match status {
+            Ok(status) => status,
+            Err(e) => bail!(
+                "{e:#}; it said\n{}{}",
+                self.stdout.lock().0,
+                self.stderr.lock().0
+            ),
+        };
         for reader in self.readers.drain(..) {
             let _ = reader.join();
         }
@@ -247,10 +274,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        if self.is_alive() {
-            self.kill_group();
-            let _ = self.child.wait();
-        }
+        self.end();
     }
 }
 
@@ -315,6 +339,61 @@ mod tests {
             .wait(Duration::from_millis(200))
             .unwrap_err();
         assert!(error.to_string().contains("hello"), "{error}");
+    }
+
+    #[test]
+    fn children_end_with_a_program_that_has_ended() {
+        let mut running = shell("sleep 1000 >/dev/null 2>&1 & echo child $!.");
+        running.reap(crate::DEADLINE).unwrap();
+        running.wait_for(".", crate::DEADLINE).unwrap();
+        let child = child_of(&running);
+        assert!(is_there(&child));
+        drop(running);
+        wait_until("the child ends", crate::DEADLINE, || !is_there(&child)).unwrap();
+    }
+
+    /// Starts this test again, which starts a program, and kills it.
+    #[test]
+    fn children_end_with_a_test_that_is_killed() {
+        const AGAIN: &str = "FREEFLOW_TEST_TO_BE_KILLED";
+        if std::env::var_os(AGAIN).is_some() {
+            let running = shell("echo child $$.; exec sleep 1000");
+            running.wait_for(".", crate::DEADLINE).unwrap();
+            println!("child {}.", child_of(&running));
+            std::thread::sleep(crate::DEADLINE);
+            return;
+        }
+        let mut test = Command::new(std::env::current_exe().unwrap());
+        let name = "process::tests::children_end_with_a_test_that_is_killed";
+        test.args(["--exact", name, "--nocapture"]).env(AGAIN, "1");
+        let mut test = Running::start(&mut test).unwrap();
+        test.wait_for(".\n", crate::DEADLINE).unwrap();
+        let child = child_of(&test);
+        assert!(is_there(&child));
+        test.signal(Signal::KILL);
+        test.reap(crate::DEADLINE).unwrap();
+        wait_until("the child ends", crate::DEADLINE, || !is_there(&child)).unwrap();
+    }
+
+    /// The number that a program says of its child.
+    fn child_of(running: &Running) -> String {
+        let said = &running.stdout.lock().0;
+        let (_, after) = said.split_once("child ").unwrap();
+        after.split_once('.').unwrap().0.to_owned()
+    }
+
+    fn is_there(pid: &str) -> bool {
+        // What has ended has no program any more, though nobody may have waited for it.
+        std::fs::read_link(format!("/proc/{pid}/exe")).is_ok()
+    }
+
+    #[test]
+    fn the_program_of_another_can_be_killed() {
+        let mut running = shell("sh -c 'trap : TERM; echo ready; sleep 1000'; echo code $?");
+        running.wait_for("ready", crate::DEADLINE).unwrap();
+        running.kill_program().unwrap();
+        running.wait_for("code 137", crate::DEADLINE).unwrap();
+        assert!(shell("exit 0").kill_program().is_err());
     }
 
     #[test]

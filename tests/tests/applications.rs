@@ -312,10 +312,9 @@ fn an_iser_initiator_may_be_killed() {
     for _ in 0..3 {
         let user = bed.endpoint();
         let args = ["-i", INITIATOR, "-m", "16", "-b", "64", &target.url()];
-        let user = user.start("iscsi-perf", &args).unwrap();
+        let mut user = user.start("iscsi-perf", &args).unwrap();
         user.wait_for("iops current", DEADLINE).unwrap();
-        user.signal(Signal::KILL);
-        user.wait(DEADLINE).unwrap();
+        user.kill_program().unwrap();
         bed.wait_for_status(|status| sessions(status) == idle, DEADLINE)
             .unwrap();
     }
@@ -477,8 +476,7 @@ fn a_virtual_machine_stays_if_its_destination_dies() {
         .qemu
         .wait_for("\"status\": \"active\"", LONG)
         .unwrap();
-    destination.qemu.signal(Signal::KILL);
-    destination.qemu.reap(DEADLINE).unwrap();
+    destination.qemu.kill_program().unwrap();
     source
         .qemu
         .wait_for("\"status\": \"failed\"", LONG)

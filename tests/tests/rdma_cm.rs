@@ -6,8 +6,8 @@ use std::process::Command;
 use std::time::Instant;
 
 use freeflow_tests::{
-    Bed, Checker, DEADLINE, Ended, Endpoint, Hosts, Running, count, descendants, free_port, have,
-    skip, wait_for_listener_of,
+    Bed, Checker, DEADLINE, Ended, Endpoint, Hosts, Running, count, free_port, have, skip,
+    wait_for_listener_of,
 };
 use rustix::process::Signal;
 use serde_json::Value;
@@ -197,8 +197,7 @@ fn rping_with_several_clients_and_one_of_them_killed() {
         .map(|e| pinging(e, &endpoint, &["-C", "3000"]))
         .collect();
     let mut victim = pinging(&bed.endpoint(), &endpoint, &[]);
-    victim.signal(Signal::KILL);
-    victim.reap(DEADLINE).unwrap();
+    victim.kill_program().unwrap();
     for client in running {
         let client = client.wait(DEADLINE).and_then(Ended::success);
         client.unwrap_or_else(|e| panic!("{e:#}"));
@@ -213,8 +212,7 @@ fn killed([there, here]: [&Bed; 2]) {
     let endpoint = there.endpoint();
     let mut server = serve(there, &endpoint, "rping", "-s -a IP");
     let client = pinging(&here.endpoint(), &endpoint, &[]);
-    server.signal(Signal::KILL);
-    server.reap(DEADLINE).unwrap();
+    server.kill_program().unwrap();
     let said = client.wait(DEADLINE).unwrap();
     let all = format!("{}{}", said.stdout, said.stderr);
     assert!(all.contains("DISCONNECT"), "{said}");
@@ -428,18 +426,6 @@ fn fio_reads_writes_and_sends() {
     }
 }
 
-/// Kills a program that an endpoint was made for, with all its processes, and waits for the end.
-fn kill(running: &mut Running) {
-    let all = descendants(running.pid());
-    // The first of them, which started the program, ends with it.
-    for &pid in all.iter().skip(1).rev() {
-        if let Some(pid) = rustix::process::Pid::from_raw(pid as i32) {
-            let _ = rustix::process::kill_process(pid, Signal::KILL);
-        }
-    }
-    running.reap(DEADLINE).unwrap();
-}
-
 /// The router keeps nothing of programs that are gone.
 fn nothing_is_left(bed: &Bed) {
     let gone = |status: &Value| count(status, "cm_ids") + count(status, "qps") == 0;
@@ -466,16 +452,16 @@ fn fio_whose_peer_is_killed_in_the_middle() {
             let busy = |status: &Value| count(status, "sent_messages") > 100;
             bed.wait_for_status(busy, DEADLINE).unwrap();
             if server_dies {
-                kill(&mut server);
+                server.kill_program().unwrap();
                 let told = client.wait_for("cq completion status", DEADLINE);
                 told.unwrap_or_else(|e| panic!("{verb}: {e:#}"));
-                kill(&mut client);
+                client.kill_program().unwrap();
             } else {
-                kill(&mut client);
+                client.kill_program().unwrap();
                 // The server's two are left.
                 let two = |status: &Value| count(status, "cm_ids") <= 2;
                 bed.wait_for_status(two, DEADLINE).unwrap();
-                kill(&mut server);
+                server.kill_program().unwrap();
             }
             nothing_is_left(&bed);
         }
@@ -616,7 +602,7 @@ fn ucx_whose_peer_is_killed_in_the_middle() {
         } else {
             (&mut client, &mut server)
         };
-        kill(victim);
+        victim.kill_program().unwrap();
         let told = left.wait_for("error handling callback was invoked", DEADLINE);
         told.unwrap_or_else(|e| panic!("server dies: {server_dies}: {e:#}"));
         if server_dies {
@@ -625,7 +611,7 @@ fn ucx_whose_peer_is_killed_in_the_middle() {
             // It waits for the next client.
             let rest = |status: &Value| count(status, "cm_ids") == count(status, "cm_listeners");
             bed.wait_for_status(rest, DEADLINE).unwrap();
-            kill(left);
+            left.kill_program().unwrap();
         }
         nothing_is_left(&bed);
     }

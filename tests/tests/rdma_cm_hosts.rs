@@ -128,8 +128,7 @@ fn a_peer_that_is_killed_is_disconnected() {
         let client = start(&ends[1], "stdbuf", "-oL rping -c -a PEER -v", &ends[0]);
         client.wait_for("ping data", DEADLINE).unwrap();
         let mut both = [server, client];
-        both[victim].signal(Signal::KILL);
-        both[victim].reap(DEADLINE).unwrap();
+        both[victim].kill_program().unwrap();
         let [server, client] = both;
         let said = if victim == 0 { client } else { server }
             .wait(DEADLINE)

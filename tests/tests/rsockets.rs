@@ -7,7 +7,6 @@ use freeflow_tests::{
     Bed, Checker, DEADLINE, Ended, Endpoint, Hosts, Place, Running, have, held, skip,
     wait_for_listener_of, wait_until,
 };
-use rustix::process::Signal;
 
 /// Debian's library that puts rsockets in place of sockets.
 const PRELOAD: &str = "/usr/lib/x86_64-linux-gnu/rsocket/librspreload.so";
@@ -300,8 +299,7 @@ fn rcopy_copies_a_large_file() {
 
 /// Kills one of two, to the end of the other.
 fn kill(mut victim: Running, other: Running) -> Ended {
-    victim.signal(Signal::KILL);
-    victim.reap(DEADLINE).unwrap();
+    victim.kill_program().unwrap();
     other.wait(DEADLINE).unwrap()
 }
 
@@ -355,8 +353,7 @@ fn rcopy_is_killed([here, there]: [&Bed; 2]) {
             let said = kill(server, client);
             assert!(!said.status.success(), "{said}");
         } else {
-            client.signal(Signal::KILL);
-            client.reap(DEADLINE).unwrap();
+            client.kill_program().unwrap();
             let said = start(&path("next")).wait(DEADLINE).unwrap();
             assert_eq!(said.status.code(), Some(libc::EBUSY), "{said}");
         }
