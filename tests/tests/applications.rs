@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use freeflow_tests::{
     Bed, DEADLINE, Ended, Endpoint, Hosts, Running, compiled_by, count, descendants, free_port,
-    have, wait_until,
+    have, skip, wait_until,
 };
 use rustix::process::Signal;
 
@@ -70,15 +70,21 @@ impl Mpi {
         Running::start(&mut launch).unwrap()
     }
 
+    /// Its ranks must have sent their messages by the device: the router is asked before they end.
     fn agrees(&self, ends: &[Endpoint<'_>], transports: &str, program: &str) {
-        let ended = self.launch(ends, transports, &[program]).wait(LONG);
-        let ended = ended.and_then(Ended::success).unwrap();
+        const STAYS: &str = "$0; code=$?; until [ -e $1 ]; do sleep 0.1; done; exit $code";
+        let dir = tempfile::tempdir().unwrap();
+        let asked = dir.path().join("asked");
+        let words = ["sh", "-c", STAYS, program, asked.to_str().unwrap()];
+        let launched = self.launch(ends, transports, &words);
         let wanted = format!("{} ranks agree", ends.len());
-        assert!(
-            ended.stdout.contains(&wanted),
-            "{} over {transports}: {ended}",
-            self.launcher
-        );
+        launched.wait_for(&wanted, LONG).unwrap();
+        for end in ends {
+            let sent = end.wait_for_some("sent_messages");
+            sent.unwrap_or_else(|e| panic!("{} over {transports}: {e:#}", self.launcher));
+        }
+        std::fs::write(asked, "").unwrap();
+        launched.wait(LONG).and_then(Ended::success).unwrap();
     }
 }
 
@@ -191,6 +197,7 @@ struct Target<'a> {
     serving: Running,
     endpoint: Endpoint<'a>,
     disk: tempfile::NamedTempFile,
+    _control: tempfile::TempDir,
 }
 
 impl<'a> Target<'a> {
@@ -198,14 +205,17 @@ impl<'a> Target<'a> {
         let endpoint = bed.endpoint();
         let disk = tempfile::NamedTempFile::new().unwrap();
         disk.as_file().set_len(DISK_BYTES).unwrap();
-        // The number of its control socket, and a TCP port that nobody uses, are the host's.
-        let (control, tcp) = (free_port().to_string(), free_port());
-        let portal = format!("portal=127.0.0.1:{tcp}");
-        let args = ["-f", "-C", &control, "--iscsi", &portal];
-        let serving = endpoint.serve("tgtd", &args).unwrap();
+        // Its control socket is nobody else's, as the TCP port that nobody uses.
+        let control = tempfile::tempdir().unwrap();
+        let socket = control.path().join("socket");
+        let portal = format!("portal=127.0.0.1:{}", free_port());
+        let mut serving = endpoint.command("tgtd", &["-f", "--iscsi", &portal]);
+        let serving = Running::start(serving.env("TGT_IPC_SOCKET", &socket)).unwrap();
+        endpoint.wait_for_some("cm_listeners").unwrap();
         let admin = |words: &str| {
             let mut command = Command::new("tgtadm");
-            command.args(["-C", &control, "--lld", "iser"]);
+            command.env("TGT_IPC_SOCKET", &socket);
+            command.args(["--lld", "iser"]);
             command.args(words.split(' '));
             let done = Running::start(&mut command).and_then(|run| run.wait(DEADLINE)?.success());
             done.map(drop)
@@ -227,6 +237,7 @@ impl<'a> Target<'a> {
             serving,
             endpoint,
             disk,
+            _control: control,
         }
     }
 
@@ -236,7 +247,12 @@ impl<'a> Target<'a> {
 }
 
 fn has_storage() -> bool {
-    ["tgtd", "tgtadm", "qemu-io"].into_iter().all(have)
+    const DRIVER: &str = "/usr/lib/x86_64-linux-gnu/qemu/block-iscsi.so";
+    let there = Path::new(DRIVER).exists();
+    if !there {
+        skip("QEMU's driver of iSER", &format!("there is no {DRIVER}"));
+    }
+    there && ["tgtd", "tgtadm", "qemu-io"].into_iter().all(have)
 }
 
 /// One host, or the target on the first of two and its user on the second.

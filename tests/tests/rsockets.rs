@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use freeflow_tests::{
-    Bed, Checker, DEADLINE, Ended, Endpoint, Hosts, Place, Running, have, held, skip,
+    Bed, Checker, DEADLINE, Ended, Endpoint, Hosts, Place, Running, count, have, held, skip,
     wait_for_listener_of, wait_until,
 };
 
@@ -425,22 +425,30 @@ fn iperf3_under_librspreload() {
     }
 }
 
-/// Both ends on one endpoint.
+/// Both ends on one endpoint, whose counters say that it was no socket of the kernel's.
 #[test]
 fn iperf3_at_loopback_under_librspreload() {
     const PORT: u16 = 5201;
+    const BYTES: u64 = 4 << 20;
     if !have("iperf3") || !preloads() {
         return;
     }
     let bed = bed();
-    let preload = format!("LD_PRELOAD={PRELOAD}");
-    // The client tries until the server listens.
+    let endpoint = bed.endpoint();
+    let iperf3 = format!("env LD_PRELOAD={PRELOAD} iperf3 -p {PORT}");
+    // The client tries until the server listens; the endpoint stays until it has been looked at.
     let script = format!(
-        "iperf3 -s -1 -p {PORT} >/dev/null & \
-         until iperf3 -c {LOOPBACK} -p {PORT} -n 4M; do sleep 0.1; done; wait"
+        "{iperf3} -s -1 >/dev/null & server=$!; \
+         until {iperf3} -c {LOOPBACK} -n {BYTES}; do sleep 0.1; done; \
+         wait $server; echo server: $?; read line"
     );
-    let said = bed.endpoint().run("env", &[&preload, "sh", "-c", &script]);
-    let said = said.unwrap_or_else(|e| panic!("{e:#}"));
+    let mut both = endpoint.command("sh", &["-c", &script]);
+    let mut both = Running::start_piped(&mut both).unwrap();
+    both.wait_for("server: 0\n", DEADLINE).unwrap();
+    let sent = count(&bed.status().unwrap(), "sent_bytes");
+    assert!(sent >= BYTES, "{sent} bytes were sent");
+    both.enter("").unwrap();
+    let said = both.wait(DEADLINE).and_then(Ended::success).unwrap();
     for end in ["sender", "receiver"] {
         assert!(said.stdout.contains(end), "{said}");
     }
