@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use freeflow_transport::{
     Action, Connection, Execution, MessageEnd, Refusal, Reply, Requester, RequesterEvent,
-    Responder, Verdict, Work,
+    Responder, Verdict, Work, selective,
 };
 use freeflow_types::WcStatus;
 use freeflow_wire::Headers;
@@ -57,6 +57,8 @@ pub struct Qp {
     pub delivered: u64,
     /// Packets that may be held for the responder.
     pub hold_limit: usize,
+    /// Request packets sent.
+    pub requests: u64,
     taken: Option<Vec<u8>>,
     held: BTreeMap<u64, (Headers, Vec<u8>)>,
     events: Vec<RequesterEvent>,
@@ -74,7 +76,8 @@ impl Qp {
             completions: Vec::new(),
             buffers: BTreeMap::new(),
             delivered: 0,
-            hold_limit: 256,
+            hold_limit: selective::WINDOW as usize,
+            requests: 0,
             taken: None,
             held: BTreeMap::new(),
             events: Vec::new(),
@@ -116,12 +119,17 @@ impl Qp {
                 let outcome = self.execute(&execution, payload);
                 self.responder.finish(&execution, outcome);
             }
-            Verdict::Hold(number) if self.held.len() < self.hold_limit => {
+            Verdict::Hold(number) if self.has_room(payload.len()) => {
                 self.held.insert(number, (*headers, payload.to_vec()));
                 self.responder.hold(number);
             }
             _ => {}
         }
+    }
+
+    fn has_room(&self, len: usize) -> bool {
+        let held: usize = self.held.values().map(|(_, payload)| payload.len()).sum();
+        self.held.len() < self.hold_limit && held + len <= selective::HELD_BYTES as usize
     }
 
     fn range(&mut self, va: u64, rkey: u32, len: u64) -> Result<&mut [u8], Refusal> {
@@ -248,6 +256,7 @@ impl Qp {
         }
         let transmit = self.requester.next_packet(now, &mut self.events);
         let packet = transmit.map(|t| {
+            self.requests += 1;
             let data = t.payload.map_or(Vec::new(), |part| {
                 let buffer = &self.buffers[&part.message.seq];
                 buffer[part.offset as usize..][..part.len as usize].to_vec()

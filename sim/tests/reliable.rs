@@ -276,3 +276,52 @@ fn standard_connections_keep_every_promise() {
 fn selective_connections_keep_every_promise() {
     seeds(1500, |seed| run(seed, true));
 }
+
+/// Writes so much over a long, fast network that loses packets; how many packets are sent more
+/// often than once, for each one that was lost.
+fn copies(seed: u64, segment: u32, loss: f64) -> f64 {
+    const MESSAGE: u32 = 1 << 20;
+    const MESSAGES: u64 = 300;
+    let network = Network {
+        rate: 100_000_000_000,
+        delay: 200 * US,
+        queue: 64 << 20,
+        loss,
+        ..Network::default()
+    };
+    let mut sim = Sim::new(seed, 2, network);
+    let connection = Connection {
+        segment,
+        timeout: 14,
+        retry_cnt: 7,
+        ..self::connection(&mut Rng::with_seed(seed), true)
+    };
+    let (a, b) = sim.connect((0, 1), connection, MESSAGE as usize);
+    let mut posted = 0;
+    while posted < MESSAGES || sim.qps[a].requester.outstanding() != 0 {
+        while posted < MESSAGES && sim.qps[a].requester.outstanding() < 5 {
+            let work = Work {
+                va: BASE,
+                rkey: KEY,
+                ..Work::new(Opcode::RdmaWrite, MESSAGE)
+            };
+            sim.qps[a].post(work, vec![0; MESSAGE as usize]);
+            posted += 1;
+        }
+        sim.pump(a);
+        sim.step(60 * SEC);
+    }
+    assert_eq!(sim.qps[b].delivered, MESSAGES * u64::from(MESSAGE));
+    let needed = MESSAGES * u64::from(MESSAGE.div_ceil(segment));
+    assert_ne!(sim.stats.lost, 0, "seed {seed}");
+    (sim.qps[a].requests - needed) as f64 / sim.stats.lost as f64
+}
+
+#[test]
+fn a_loss_in_a_large_window_costs_what_its_peer_cannot_hold() {
+    // Five messages are under way, at most; what of these the peer cannot hold is sent again once.
+    for (segment, most) in [(8896, 200.0), (1408, 130.0)] {
+        let all: f64 = (1..4).map(|seed| copies(seed, segment, 2e-4)).sum();
+        assert!(all / 3.0 <= most, "{segment}: {} a loss", all / 3.0);
+    }
+}

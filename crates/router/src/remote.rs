@@ -39,12 +39,6 @@ const MAX_UNDER_WAY: usize = 512;
 /// Packets that are sent in one step.
 const PACKETS_PER_STEP: u32 = 64;
 
-/// Packets that came early and are held for one queue pair.
-const MAX_HELD: usize = 448;
-
-/// Bytes of these.
-const MAX_HELD_BYTES: usize = 1 << 20;
-
 /// A shorter payload is covered by the packet's CRC, which costs next to nothing.
 const MIN_UNCOVERED: usize = 256;
 

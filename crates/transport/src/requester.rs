@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::congestion::Window;
 use crate::connection::{Connection, first, psn};
+use crate::selective;
 use flight::{Fate, Flight};
 
 /// Packets of response that one READ request asks for, at least and at most, if it is a piece of a
@@ -429,7 +430,7 @@ impl Requester {
             (Opcode::RdmaRead, Some(_)) => self.flight.unanswered_run(psn, unit),
             _ => 1,
         };
-        if lost.is_none() && !self.may_begin(psn, &slot, count) {
+        if lost.is_none() && !self.may_begin(psn, &slot, count) || !self.is_held(psn, &slot) {
             return None;
         }
         let numbers = psn..psn + u64::from(count);
@@ -453,7 +454,8 @@ impl Requester {
         }
         for number in numbers {
             let size = self.size(&slot, number);
-            self.flight.send(number, size);
+            let request = self.request_size(&slot, number);
+            self.flight.send(number, size, request);
         }
         if lost.is_none() && slot.is_answered() {
             self.answers_due += 1;
@@ -491,6 +493,41 @@ impl Requester {
         !fenced && !resources && self.flight.len() + count <= MAX_FLIGHT
     }
 
+    /// Whether a peer that holds what comes early has room for a packet, if it does not come early
+    /// enough: nothing is further from the oldest than what it holds, while there is a gap.
+    fn is_held(&self, psn: u64, slot: &Slot) -> bool {
+        let oldest = self.flight.oldest();
+        let bytes = self.flight.requests_before(psn) + self.request_size(slot, psn);
+        !self.connection.selective
+            || !self.flight.has_gap()
+            || psn == oldest
+            || psn - oldest <= selective::WINDOW && bytes <= selective::HELD_BYTES
+    }
+
+    /// The peer misses the oldest, and what it could not hold meanwhile is lost with it.
+    fn lose_unheld(&mut self) {
+        let oldest = self.flight.oldest();
+        let (mut held, mut beyond) = (oldest + 1, self.flight.end());
+        beyond = beyond.min(oldest + selective::WINDOW + 1);
+        // The first that, with those before it, is more than what is held.
+        while held < beyond {
+            let middle = held + (beyond - held) / 2;
+            match self.flight.requests_before(middle + 1) <= selective::HELD_BYTES {
+                true => held = middle + 1,
+                false => beyond = middle,
+            }
+        }
+        self.flight.lose_from(held);
+    }
+
+    /// Bytes of the request that a sequence number is of, headers included.
+    fn request_size(&self, slot: &Slot, psn: u64) -> u32 {
+        match slot.work.opcode {
+            Opcode::RdmaRead => 0,
+            _ => self.size(slot, psn),
+        }
+    }
+
     /// Bytes that a sequence number of a message costs the network.
     fn size(&self, slot: &Slot, psn: u64) -> u32 {
         let segment = self.connection.segment();
@@ -505,7 +542,7 @@ impl Requester {
         events: &mut Vec<RequesterEvent>,
     ) -> Transmit {
         let transmit = self.packet(psn, slot, 1, false);
-        self.flight.send(psn, 0);
+        self.flight.send(psn, 0, 0);
         self.flight.pop();
         if psn + 1 == slot.end() {
             self.complete_front(events);

@@ -325,8 +325,10 @@ impl Responder {
             }
             return Verdict::Hold(at);
         }
-        // One NAK per gap, and none while the peer waits anyway (IBTA volume 1, 9.7.5.1.3).
-        if !self.gap_reported && !self.not_ready {
+        // One NAK per gap, and none while the peer waits anyway (IBTA volume 1, 9.7.5.1.3), or
+        // knows of the gap by what is held behind it.
+        let known = self.held.as_ref().is_some_and(|h| !h.is_empty());
+        if !self.gap_reported && !self.not_ready && !known {
             self.gap_reported = true;
             self.owed = Owed::SequenceNak;
         }

@@ -18,7 +18,8 @@
 //! | AtomicAckETH | bit *i* is set: the packet *i* after that is held |
 //!
 //! What has been reported as held is never dropped but by an end of the connection, so the
-//! requester sends only the rest again.
+//! requester sends only the rest again, and nothing that is too far ahead of the gap to be held. A
+//! standard report of the gap is sent only where nothing is held at all.
 
 use freeflow_types::Psn;
 use freeflow_wire::{Aeth, Bth, BthOpcode, Headers, Service, Syndrome};
@@ -29,6 +30,10 @@ use crate::connection::{Connection, psn};
 /// How far ahead of the gap packets are held. It is one report less than the bits there are, so
 /// that no report speaks of both ends of the window.
 pub const WINDOW: u64 = 448;
+
+/// Bytes of payload that are held at most. The executor drops what would be more; but a requester
+/// that knows of a gap sends nothing further beyond it than what is held for sure.
+pub const HELD_BYTES: u32 = 1 << 20;
 
 /// Packets that one report speaks of.
 pub(crate) const REPORT: u32 = 64;
@@ -92,6 +97,11 @@ impl Held {
     /// `at` is held no more.
     pub(crate) fn remove(&mut self, at: u64) {
         self.bits[Self::word(at)] &= !Self::bit(at);
+    }
+
+    /// Whether nothing is held.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.bits == [0; WORDS as usize]
     }
 
     /// Whether there is something to report.

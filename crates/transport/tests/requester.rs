@@ -2,6 +2,7 @@
 
 use freeflow_transport::{
     Connection, Message, Part, Requester, RequesterEvent as Event, Transmit, Work, WorkError,
+    selective,
 };
 use freeflow_types::{Opcode, Psn, QpAttr, QpType, WcStatus, rnr_timer_ns, timeout_ns};
 use freeflow_wire::{Aeth, Bth, BthOpcode, Headers, NakCode, Syndrome};
@@ -75,6 +76,19 @@ impl Bench {
 
     fn ack(&mut self, at: i32) -> Vec<Event> {
         self.answer(BthOpcode::RC_ACK, at, Syndrome::ACK, 0)
+    }
+
+    /// A router holds `at`, and waits for `gap`.
+    fn holds(&mut self, gap: i32, at: i32) {
+        let psn = |at| Psn::new(FIRST.wrapping_add_signed(at));
+        let mut h = Headers::new(Bth::new(BthOpcode::RC_ATOMIC_ACK, 1, psn(gap - 1)));
+        h.aeth = Some(Aeth {
+            syndrome: Syndrome::Reserved(0x40),
+            msn: psn(at).get(),
+        });
+        h.atomic_ack = Some(1);
+        self.requester
+            .on_response(&h, 0, self.now, &mut self.events);
     }
 
     fn nak(&mut self, at: i32, code: NakCode) -> Vec<Event> {
@@ -367,6 +381,52 @@ fn a_long_round_trip_is_measured_from_the_start() {
             }
             assert_eq!(b.requester.round_trip(), Some(time * MS));
         }
+    }
+}
+
+#[test]
+fn nothing_is_sent_that_the_peer_cannot_hold_behind_a_gap() {
+    // Headers count, and the oldest itself.
+    let bytes = selective::HELD_BYTES / (8192 + 80) - 1;
+    for (segment, held) in [(SEGMENT, selective::WINDOW as i32), (8192, bytes as i32)] {
+        let mut b = Bench::new(&Connection {
+            selective: true,
+            segment,
+            ..connection()
+        });
+        b.post(Opcode::RdmaWrite, 6000 * segment);
+        let mut flight = b.sent();
+        while flight.len() < 1000 {
+            b.now += RTT;
+            b.ack(*flight.last().unwrap());
+            flight = b.sent();
+        }
+        let (lost, last) = (flight[0], *flight.last().unwrap());
+        b.now += RTT;
+        let mut copies = Vec::new();
+        for at in lost + 1..=lost + held {
+            b.holds(lost, at);
+            copies.extend(b.sent());
+        }
+        // The gap, and neither what was dropped nor what would be.
+        assert_eq!(copies, [lost]);
+        b.now += RTT;
+        b.ack(lost + held);
+        let again: Vec<_> = (lost + held + 1..=last).collect();
+        let (mut sent, mut oldest) = (Vec::new(), lost + held + 1);
+        loop {
+            let next = b.sent();
+            let far = |&&psn: &&i32| psn <= last && psn > oldest + held;
+            assert_eq!(next.iter().find(far), None, "beyond {oldest}");
+            sent.extend(next);
+            if sent.len() >= again.len() {
+                break;
+            }
+            b.now += RTT;
+            oldest = *sent.last().unwrap() + 1;
+            b.ack(oldest - 1);
+        }
+        assert_eq!(sent[..again.len()], again);
     }
 }
 

@@ -353,6 +353,17 @@ fn early_packets_are_held_and_asked_for_in_order() {
     // Beyond the window there is no holding.
     let far = send(3 + freeflow_transport::selective::WINDOW as u32 + 1);
     assert_eq!(r.on_request(&far, 0), Verdict::Drop(Dropped::OutOfSequence));
+    // The peer learns of the gap in the standard's words as long as nothing is held.
+    assert_eq!(replies(&mut r), [ack(3, SEQUENCE)]);
+    execute(&mut r, &send(3), 0, 0);
+    let Verdict::Hold(number) = r.on_request(&send(5), 0) else {
+        panic!("it is not held");
+    };
+    r.hold(number);
+    replies(&mut r);
+    let far = send(4 + freeflow_transport::selective::WINDOW as u32 + 1);
+    assert_eq!(r.on_request(&far, 0), Verdict::Drop(Dropped::OutOfSequence));
+    assert_eq!(replies(&mut r), []);
 }
 
 #[test]

@@ -3,16 +3,16 @@
 use freeflow_fabric_udp::{Ecn, Received};
 use freeflow_session::Handle;
 use freeflow_shm::SendEntry;
-use freeflow_transport::{Action, Execution, MessageEnd, Nak, Outcome, Refusal, Reply, Verdict};
+use freeflow_transport::{
+    Action, Execution, MessageEnd, Nak, Outcome, Refusal, Reply, Verdict, selective,
+};
 use freeflow_types::{Access, Opcode, QpState, QpType, SendFlags};
 use freeflow_wire::{Headers, Service};
 
 use crate::data::{Atomic, Source, Span};
 use crate::engine::{Engine, TURN_BYTES};
 use crate::exec::{Request, Step};
-use crate::remote::{
-    MAX_HELD, MAX_HELD_BYTES, PACKETS_PER_STEP, Payload, ROUTERS_IDS, Remote, RoceFabric,
-};
+use crate::remote::{PACKETS_PER_STEP, Payload, ROUTERS_IDS, Remote, RoceFabric};
 
 impl Engine {
     /// A packet has come. Its CRC is right, and nothing else is certain.
@@ -105,8 +105,8 @@ impl Engine {
                 remote.responder.finish(&execution, outcome);
             }
             Verdict::Hold(number)
-                if remote.held.len() < MAX_HELD
-                    && remote.held_bytes + payload.len() <= MAX_HELD_BYTES =>
+                if remote.held.len() < selective::WINDOW as usize
+                    && remote.held_bytes + payload.len() <= selective::HELD_BYTES as usize =>
             {
                 remote.held_bytes += payload.len();
                 let before = remote.held.insert(number, (*headers, payload.to_vec()));

@@ -174,7 +174,11 @@ impl Requester {
                 if !heard {
                     self.reported = Some((at, now));
                     self.on_congestion();
-                    self.flight.lose_all();
+                    if self.connection.selective {
+                        self.lose_unheld();
+                    } else {
+                        self.flight.lose_all();
+                    }
                     self.flight.lose(at);
                 }
                 return;
@@ -307,5 +311,9 @@ impl Requester {
         }
         self.progress(before, arrived, now, events);
         self.repair(false);
+        let oldest = self.flight.oldest();
+        if expected == oldest && self.flight.fate(oldest) == Some(Fate::Lost) {
+            self.lose_unheld();
+        }
     }
 }

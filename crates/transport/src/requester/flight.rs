@@ -32,6 +32,8 @@ struct Packet {
     sent: u32,
     /// Bytes on the wire, of the request or of its answer.
     size: u32,
+    /// Bytes of all requests before it, modulo 2^32.
+    before: u32,
     fate: Fate,
 }
 
@@ -49,6 +51,8 @@ pub(super) struct Flight {
     settled: u32,
     awaited: u32,
     transmissions: u32,
+    /// Bytes of all requests, modulo 2^32.
+    requests: u32,
     /// The latest transmission that is known to have arrived.
     arrived: u32,
 }
@@ -64,6 +68,7 @@ impl Flight {
             settled: 0,
             awaited: 0,
             transmissions: 0,
+            requests: 0,
             arrived: 0,
         }
     }
@@ -159,13 +164,31 @@ impl Flight {
             .count() as u32
     }
 
-    /// One of `size` bytes is sent, for the first time or again.
-    pub(super) fn send(&mut self, psn: u64, size: u32) {
+    /// Whether something is known to be missing: lost, or behind what has arrived.
+    pub(super) fn has_gap(&self) -> bool {
+        self.lost != 0 || self.settled != 0
+    }
+
+    /// Bytes of the requests from the oldest to the one before `psn`.
+    pub(super) fn requests_before(&self, psn: u64) -> u32 {
+        let before = |i: usize| self.packets.get(i).map_or(self.requests, |p| p.before);
+        let at = self.index(psn).unwrap_or(0);
+        before(at).wrapping_sub(before(0))
+    }
+
+    /// One of `size` bytes is sent, for the first time or again; its request is of so many bytes.
+    pub(super) fn send(&mut self, psn: u64, size: u32, request: u32) {
         self.transmissions = self.transmissions.wrapping_add(1);
         let sent = self.transmissions;
         if psn == self.end() {
             let fate = Fate::Sent;
-            self.packets.push_back(Packet { sent, size, fate });
+            self.packets.push_back(Packet {
+                sent,
+                size,
+                before: self.requests,
+                fate,
+            });
+            self.requests = self.requests.wrapping_add(request);
             self.enter(fate, size);
         } else {
             self.set(psn, Fate::Sent);
@@ -178,7 +201,9 @@ impl Flight {
     /// One is answered. Returns the bytes of it that the network had until now, which are none of
     /// what the peer held, if it is news.
     pub(super) fn answer(&mut self, psn: u64) -> Option<u32> {
-        let &Packet { sent, size, fate } = self.packets.get(self.index(psn)?)?;
+        let &Packet {
+            sent, size, fate, ..
+        } = self.packets.get(self.index(psn)?)?;
         if fate == Fate::Answered {
             return None;
         }
@@ -195,7 +220,9 @@ impl Flight {
 
     /// The peer has one, and keeps it. Returns its bytes, if that is news.
     pub(super) fn hold(&mut self, psn: u64) -> Option<u32> {
-        let &Packet { sent, size, fate } = self.packets.get(self.index(psn)?)?;
+        let &Packet {
+            sent, size, fate, ..
+        } = self.packets.get(self.index(psn)?)?;
         let news = matches!(fate, Fate::Sent | Fate::Lost);
         if news {
             self.arrive(sent);
@@ -261,6 +288,15 @@ impl Flight {
         }
     }
 
+    /// The peer has dropped what is under way from `psn` on.
+    pub(super) fn lose_from(&mut self, psn: u64) {
+        for psn in psn..self.end() {
+            if self.fate(psn) == Some(Fate::Sent) {
+                self.set(psn, Fate::Lost);
+            }
+        }
+    }
+
     /// What is under way although later transmissions have arrived is lost; true if there is any.
     pub(super) fn lose_overtaken(&mut self) -> bool {
         let before = self.lost;
@@ -287,7 +323,7 @@ mod tests {
     use super::*;
 
     fn send(f: &mut Flight, psn: u64, count: u64) {
-        (psn..psn + count).for_each(|psn| f.send(psn, 10));
+        (psn..psn + count).for_each(|psn| f.send(psn, 10, 8));
     }
 
     #[test]
@@ -295,6 +331,11 @@ mod tests {
         let mut f = Flight::new(100);
         send(&mut f, 100, 8);
         assert_eq!((f.oldest(), f.end(), f.under_way()), (100, 108, 80));
+        assert_eq!(
+            [100, 101, 108].map(|psn| f.requests_before(psn)),
+            [0, 8, 64]
+        );
+        assert!(!f.has_gap());
         assert_eq!(f.answer(102), Some(10));
         assert_eq!(f.answer(102), None);
         assert!(!f.lose_overtaken());
