@@ -1,7 +1,6 @@
 //! What goes between two hosts, as tshark sees it.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
 
 use freeflow_tests::{DEADLINE, Hosts, Running, Underlay, have, skip, wait_until};
 use freeflow_wire::BthOpcode;
@@ -34,11 +33,14 @@ const KINDS: [BthOpcode; 14] = [
     BthOpcode::UD_SEND_ONLY,
 ];
 
+/// What is sent behind all packets.
+const LAST: &str = "that was the last packet";
+
 #[test]
 fn tshark_understands_every_packet() {
     let test = "tshark_understands_every_packet";
     let programs = PROGRAMS.iter().map(|p| p.0);
-    if !Hosts::can(test) || !programs.chain(["tshark", "dumpcap"]).all(have) {
+    if !Hosts::can(test) || !programs.chain(["tshark", "dumpcap", "bash"]).all(have) {
         return;
     }
     for underlay in [Underlay::V4, Underlay::V6] {
@@ -68,13 +70,16 @@ fn tshark_understands_every_packet() {
         for (program, args) in PROGRAMS {
             hosts.pair(program, args).unwrap();
         }
-        // It is told of packets some at a time, and ends with those that it was told of.
-        let mut written = 0;
+        // It is told of packets some at a time, and ends with those that it was told of: the last is
+        // of a stranger, and comes behind all of them.
+        let mark = format!("echo -n {LAST} > /dev/udp/{}/4791", underlay.addresses()[1]);
+        let sent = Running::start(&mut hosts.command(0, "bash", &["-c", &mark]));
+        sent.unwrap().wait(DEADLINE).unwrap().success().unwrap();
         wait_until("dumpcap has written all", DEADLINE, || {
-            std::thread::sleep(Duration::from_millis(1000));
-            let before = written;
-            written = file.metadata().map_or(0, |file| file.len());
-            written == before
+            let written = std::fs::read(&file).unwrap();
+            written
+                .windows(LAST.len())
+                .any(|bytes| bytes == LAST.as_bytes())
         })
         .unwrap();
         dumping.signal(rustix::process::Signal::INT);
@@ -90,7 +95,9 @@ fn understood(path: &str) {
         "_ws.malformed",
         "_ws.expert.severity",
     ];
-    let mut args = vec!["-r", path, "-T", "fields", "-E", "separator=;"];
+    let ours = format!("!(udp.payload contains \"{LAST}\")");
+    let mut args = vec!["-r", path, "-Y", &ours];
+    args.extend(["-T", "fields", "-E", "separator=;"]);
     args.extend(fields.iter().flat_map(|field| ["-e", field]));
     let mut command = std::process::Command::new("tshark");
     let said = Running::start(command.args(&args)).unwrap();
