@@ -27,7 +27,7 @@ pub use compiled::{compiled, compiled_by};
 pub use footprint::Footprint;
 pub use fuse::StuckFile;
 pub use hosts::{Hosts, Trust, Underlay};
-pub use machine::{TcpPair, have, is_root, program, skip};
+pub use machine::{TcpPair, dir_for_apt, have, is_root, program, skip, unpacked};
 pub use place::Place;
 pub use port::{free_port, wait_for_listener, wait_for_listener_of, wait_for_listener_with};
 pub use process::{Ended, Running, descendants, wait_until};

@@ -1,10 +1,11 @@
 //! What the machine has, and two hosts of TCP's to compare with.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use tempfile::TempDir;
 
 use crate::{DEADLINE, Ended, Running};
 
@@ -30,9 +31,15 @@ pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Where a program is, by `PATH`.
+/// Where `cargo xtask test` unpacks packages that it does not install.
+pub fn unpacked() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/unpacked")
+}
+
+/// Where a program is: by `PATH`, or unpacked.
 pub fn program(name: &str) -> Option<PathBuf> {
     std::env::split_paths(&std::env::var_os("PATH")?)
+        .chain([unpacked().join("usr/sbin")])
         .map(|dir| dir.join(name))
         .find(|path| path.is_file())
 }
@@ -44,6 +51,19 @@ pub fn have(name: &str) -> bool {
         skip(name, "it is not installed");
     }
     found
+}
+
+/// A directory that apt can fetch to: for root, apt has a user of its own, without any privilege.
+pub fn dir_for_apt() -> Result<TempDir> {
+    let dir = tempfile::Builder::new()
+        .prefix("ffapt")
+        .tempdir_in("/tmp")?;
+    if is_root() {
+        let mut chown = Command::new("chown");
+        let said = Running::start(chown.arg("_apt").arg(dir.path()))?.wait(DEADLINE)?;
+        said.success().context("apt has no user")?;
+    }
+    Ok(dir)
 }
 
 /// Two network namespaces with a veth pair between them: TCP's side of a comparison.

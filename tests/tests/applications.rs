@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use freeflow_tests::{
     Bed, DEADLINE, Ended, Endpoint, Hosts, Running, compiled_by, count, descendants, free_port,
-    have, skip, wait_until,
+    have, program, skip, wait_until,
 };
 use rustix::process::Signal;
 
@@ -209,11 +209,13 @@ impl<'a> Target<'a> {
         let control = tempfile::tempdir().unwrap();
         let socket = control.path().join("socket");
         let portal = format!("portal=127.0.0.1:{}", free_port());
-        let mut serving = endpoint.command("tgtd", &["-f", "--iscsi", &portal]);
+        let path = |name| program(name).unwrap();
+        let tgtd = path("tgtd");
+        let mut serving = endpoint.command(tgtd.to_str().unwrap(), &["-f", "--iscsi", &portal]);
         let serving = Running::start(serving.env("TGT_IPC_SOCKET", &socket)).unwrap();
         endpoint.wait_for_some("cm_listeners").unwrap();
         let admin = |words: &str| {
-            let mut command = Command::new("tgtadm");
+            let mut command = Command::new(path("tgtadm"));
             command.env("TGT_IPC_SOCKET", &socket);
             command.args(["--lld", "iser"]);
             command.args(words.split(' '));

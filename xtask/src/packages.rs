@@ -25,13 +25,17 @@ pub(crate) const APPLICATIONS: [&str; 9] = [
     "openmpi-bin",
     "mpich",
     "dapl2-utils",
-    "tgt",
+    // What UNPACKED needs.
+    "libaio1",
     "libiscsi-bin",
     "qemu-block-extra",
     "qemu-utils",
     "qemu-system-x86",
     "python3-pyverbs",
 ];
+
+/// Packages whose programs tests run, but which would start a daemon if they were installed.
+pub(crate) const UNPACKED: [(&str, &str); 1] = [("tgt", "tgtd")];
 
 /// What tests compile against, and what they look at programs and set devices up with.
 pub(crate) const DEVELOPMENT: [&str; 13] = [
@@ -89,6 +93,35 @@ pub(crate) fn install(packages: &[&str]) -> Result<()> {
     // The lists may be old, or not there yet.
     if !(apt(&install)? || apt(&["update"])? && apt(&install)?) {
         eprintln!("xtask: apt-get could not install {names}; what needs it is skipped");
+    }
+    Ok(())
+}
+
+/// Unpacks packages, each named with a program of it, where tests find their programs, and installs
+/// nothing. What is installed is left alone; what cannot be had is said.
+pub(crate) fn unpack(packages: &[(&str, &str)]) -> Result<()> {
+    let to = freeflow_tests::unpacked();
+    for (package, program) in packages {
+        if freeflow_tests::program(program).is_some() {
+            continue;
+        }
+        std::fs::create_dir_all(&to)?;
+        let dir = freeflow_tests::dir_for_apt()?;
+        let fetched = Command::new("apt-get")
+            .args(["-qq", "download", package])
+            .current_dir(dir.path())
+            .stdin(Stdio::null())
+            .status()
+            .is_ok_and(|status| status.success());
+        let file = std::fs::read_dir(dir.path())?.flatten().next();
+        let unpacked = file.filter(|_| fetched).is_some_and(|file| {
+            let mut unpack = Command::new("dpkg-deb");
+            unpack.arg("-x").arg(file.path()).arg(&to);
+            unpack.status().is_ok_and(|status| status.success())
+        });
+        if !unpacked {
+            eprintln!("xtask: apt-get could not download {package}; what needs it is skipped");
+        }
     }
     Ok(())
 }

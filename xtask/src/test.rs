@@ -106,6 +106,7 @@ pub(crate) fn test(args: &TestArgs) -> Result<()> {
 fn install() -> Result<()> {
     packages::install(&packages::PROGRAMS)?;
     packages::install(&packages::APPLICATIONS)?;
+    packages::unpack(&packages::UNPACKED)?;
     packages::install(&packages::DEVELOPMENT)?;
     packages::install(&freeflow_vm::PACKAGES)?;
     // What needs it is skipped, and says so.
