@@ -53,14 +53,19 @@ pub fn have(name: &str) -> bool {
     found
 }
 
-/// A directory that apt can fetch to: for root, apt has a user of its own, without any privilege.
-pub fn dir_for_apt() -> Result<TempDir> {
+/// A directory with others in it that apt can fetch to: for root, apt has a user of its own, without
+/// any privilege.
+pub fn dir_for_apt(others: &[&str]) -> Result<TempDir> {
     let dir = tempfile::Builder::new()
         .prefix("ffapt")
         .tempdir_in("/tmp")?;
+    for other in others {
+        std::fs::create_dir_all(dir.path().join(other))?;
+    }
     if is_root() {
         let mut chown = Command::new("chown");
-        let said = Running::start(chown.arg("_apt").arg(dir.path()))?.wait(DEADLINE)?;
+        chown.args(["-R", "_apt"]).arg(dir.path());
+        let said = Running::start(&mut chown)?.wait(DEADLINE)?;
         said.success().context("apt has no user")?;
     }
     Ok(dir)

@@ -106,7 +106,7 @@ pub(crate) fn unpack(packages: &[(&str, &str)]) -> Result<()> {
             continue;
         }
         std::fs::create_dir_all(&to)?;
-        let dir = freeflow_tests::dir_for_apt()?;
+        let dir = freeflow_tests::dir_for_apt(&[])?;
         let fetched = Command::new("apt-get")
             .args(["-qq", "download", package])
             .current_dir(dir.path())
