@@ -10,38 +10,18 @@ use crate::connection::emit;
 /// `sure` that the other side is gone, for messages of what has begun: it may only be out of reach.
 pub fn answer_for_the_gone(mad: &[u8], sure: bool) -> Option<Vec<u8>> {
     let mad = Mad::parse(mad).ok()?;
-    let reject = |(local_id, remote_id), message, reason| {
-        Message::Rej(Rej {
-            local_id,
-            remote_id,
-            message,
-            info_len: 0,
-            reason,
-            info: [0; 72],
-            private: [0; 148],
-        })
-    };
     let answer = match mad.message {
-        Message::Req(req) => reject((0, req.local_id), Rejected::Req, Rej::INVALID_GID),
-        Message::Rep(rep) if sure => {
-            let names = (rep.remote_id, rep.local_id);
-            reject(names, Rejected::Rep, Rej::INVALID_COMM_ID)
+        Message::Req(req) => {
+            Message::Rej(Rej::new(0, req.local_id, Rejected::Req, Rej::INVALID_GID))
         }
-        Message::Dreq(dreq) if sure => Message::Drep(Drep {
-            local_id: dreq.remote_id,
-            remote_id: dreq.local_id,
-            private: [0; 224],
-        }),
-        Message::SidrReq(req) => Message::SidrRep(SidrRep {
-            request_id: req.request_id,
-            status: SidrRep::UNSUPPORTED,
-            info_len: 0,
-            qpn: 0,
-            service_id: req.service_id,
-            qkey: 0,
-            info: [0; 72],
-            private: [0; 136],
-        }),
+        Message::Rep(rep) if sure => Message::Rej(Rej::new(
+            rep.remote_id,
+            rep.local_id,
+            Rejected::Rep,
+            Rej::INVALID_COMM_ID,
+        )),
+        Message::Dreq(dreq) if sure => Message::Drep(Drep::new(dreq.remote_id, dreq.local_id)),
+        Message::SidrReq(req) => Message::SidrRep(SidrRep::without_qp(&req, SidrRep::UNSUPPORTED)),
         _ => return None,
     };
     emit(mad.transaction, mad.modifier, answer)

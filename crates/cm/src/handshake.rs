@@ -338,11 +338,7 @@ impl Connection {
     }
 
     pub(crate) fn drep(&self) -> Message {
-        Message::Drep(Drep {
-            local_id: self.local,
-            remote_id: self.remote,
-            private: [0; 224],
-        })
+        Message::Drep(Drep::new(self.local, self.remote))
     }
 
     /// The answer to a look-up.

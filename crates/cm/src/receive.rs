@@ -73,11 +73,7 @@ impl Manager {
             Message::Dreq(dreq) => {
                 // What is not known any more has ended, and that is the answer.
                 if !self.pass(now, arrival, dreq.remote_id, &mad) {
-                    let drep = Drep {
-                        local_id: dreq.remote_id,
-                        remote_id: dreq.local_id,
-                        private: [0; 224],
-                    };
+                    let drep = Drep::new(dreq.remote_id, dreq.local_id);
                     self.answer(arrival, mad.transaction, Message::Drep(drep));
                 }
             }
@@ -140,32 +136,14 @@ impl Manager {
     }
 
     fn refuse(&mut self, arrival: &Arrival, mad: &Mad, name: u32, reason: u16) {
-        self.answer(
-            arrival,
-            mad.transaction,
-            Message::Rej(Rej {
-                local_id: 0,
-                remote_id: name,
-                message: Rejected::Req,
-                info_len: 0,
-                reason,
-                info: [0; 72],
-                private: [0; 148],
-            }),
-        );
+        let rej = Rej::new(0, name, Rejected::Req, reason);
+        self.answer(arrival, mad.transaction, Message::Rej(rej));
     }
 
     /// A reply to a connection that is not there any more.
     fn reject_reply(&mut self, arrival: &Arrival, transaction: u64, rep: &Rep) {
-        let rej = Rej {
-            local_id: rep.remote_id,
-            remote_id: rep.local_id,
-            message: Rejected::Rep,
-            info_len: 0,
-            reason: Rej::INVALID_COMM_ID,
-            info: [0; 72],
-            private: [0; 148],
-        };
+        let (local, remote) = (rep.remote_id, rep.local_id);
+        let rej = Rej::new(local, remote, Rejected::Rep, Rej::INVALID_COMM_ID);
         self.answer(arrival, transaction, Message::Rej(rej));
     }
 
@@ -306,16 +284,7 @@ impl Manager {
                     Found::Unfit => SidrRep::REJECTED,
                     _ => SidrRep::UNSUPPORTED,
                 };
-                let rep = SidrRep {
-                    request_id: req.request_id,
-                    status,
-                    info_len: 0,
-                    qpn: 0,
-                    service_id: req.service_id,
-                    qkey: 0,
-                    info: [0; 72],
-                    private: [0; 136],
-                };
+                let rep = SidrRep::without_qp(req, status);
                 return self.answer(arrival, mad.transaction, Message::SidrRep(rep));
             }
         };

@@ -389,6 +389,19 @@ impl Rej {
     /// The application does not want it.
     pub const CONSUMER: u16 = 28;
 
+    /// A rejection that says no more than why.
+    pub fn new(local_id: u32, remote_id: u32, message: Rejected, reason: u16) -> Self {
+        Rej {
+            local_id,
+            remote_id,
+            message,
+            info_len: 0,
+            reason,
+            info: [0; 72],
+            private: [0; 148],
+        }
+    }
+
     pub(super) fn read(r: &mut Reader<'_>) -> Result<Self, CmError> {
         let (local_id, remote_id) = (r.u32_or_0(), r.u32_or_0());
         let [message, len] = r.array();
@@ -525,6 +538,15 @@ pub struct Drep {
 }
 
 impl Drep {
+    /// An answer without a word of the application's.
+    pub fn new(local_id: u32, remote_id: u32) -> Self {
+        Drep {
+            local_id,
+            remote_id,
+            private: [0; 224],
+        }
+    }
+
     pub(super) fn read(r: &mut Reader<'_>) -> Self {
         Drep {
             local_id: r.u32_or_0(),

@@ -74,6 +74,20 @@ impl SidrRep {
     /// The request is not one that is supported.
     pub const UNSUPPORTED_VERSION: u8 = 5;
 
+    /// An answer to a request that has no queue pair.
+    pub fn without_qp(request: &SidrReq, status: u8) -> Self {
+        SidrRep {
+            request_id: request.request_id,
+            status,
+            info_len: 0,
+            qpn: 0,
+            service_id: request.service_id,
+            qkey: 0,
+            info: [0; 72],
+            private: [0; 136],
+        }
+    }
+
     pub(super) fn read(r: &mut Reader<'_>) -> Self {
         let request_id = r.u32_or_0();
         let [status, info_len] = r.array();
