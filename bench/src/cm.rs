@@ -33,6 +33,13 @@ impl End {
         Ok(End { id, qp })
     }
 
+    /// Of a connection that is asked for: accepts it.
+    fn take(device: &Device, id: Arc<CmId>) -> Result<End> {
+        let end = End::new(device, id)?;
+        end.accept(Some(end.param()))?;
+        Ok(end)
+    }
+
     /// Accepts as `rdma_accept` does, which brings the queue pair up.
     fn accept(&self, param: Option<CmParam>) -> Result<()> {
         let up = CmUp::new(&self.qp, QpState::Rts);
@@ -72,9 +79,8 @@ impl End {
 pub(crate) fn serve() -> Result<Value> {
     let device = Device::open()?;
     let channel = CmChannel::create()?;
-    let listener = channel.create_id(PortSpace::Tcp, QpType::Rc, 0)?;
-    listener.bind(own_address(&device)?)?;
-    println!("{}", listener.listen(0)?.src);
+    let (_listener, address) = listen(&channel, &device)?;
+    println!("{address}");
     let mut ends: HashMap<usize, End> = HashMap::new();
     let mut next = 0;
     loop {
@@ -85,10 +91,7 @@ pub(crate) fn serve() -> Result<Value> {
         report.acknowledge();
         match (report.event.event, report.new_id) {
             (CmEventType::ConnectRequest, Some(id)) => {
-                let user = id.user();
-                let end = End::new(&device, id)?;
-                end.accept(Some(end.param()))?;
-                ends.insert(user, end);
+                ends.insert(id.user(), End::take(&device, id)?);
             }
             (CmEventType::Disconnected, None) => {
                 if let Some(end) = ends.remove(&report.id.user()) {
@@ -101,10 +104,13 @@ pub(crate) fn serve() -> Result<Value> {
     }
 }
 
-fn own_address(device: &Device) -> Result<SocketAddr> {
-    let gid = device.gid()?;
-    let ip = std::net::Ipv6Addr::from(gid.0).to_canonical();
-    Ok((ip, 0).into())
+/// Listens at the device's own address, at a port that is free.
+fn listen(channel: &Arc<CmChannel>, device: &Device) -> Result<(Arc<CmId>, SocketAddr)> {
+    let listener = channel.create_id(PortSpace::Tcp, QpType::Rc, 0)?;
+    let ip = std::net::Ipv6Addr::from(device.gid()?.0).to_canonical();
+    listener.bind((ip, 0).into())?;
+    let address = listener.listen(0)?.src;
+    Ok((listener, address))
 }
 
 /// A program of its own is the other side.
@@ -123,9 +129,7 @@ pub(crate) fn connections() -> Result<Value> {
 pub(crate) fn idle(connections: u32) -> Result<Value> {
     let device = Device::open()?;
     let channel = CmChannel::create()?;
-    let listener = channel.create_id(PortSpace::Tcp, QpType::Rc, 0)?;
-    listener.bind(own_address(&device)?)?;
-    let to = listener.listen(0)?.src;
+    let (_listener, to) = listen(&channel, &device)?;
     let mut next = 0;
     let mut begin = || -> Result<Arc<CmId>> {
         next += 1;
@@ -157,10 +161,7 @@ pub(crate) fn idle(connections: u32) -> Result<Value> {
                 ends.insert(user, end);
             }
             (CmEventType::ConnectRequest, Some(id)) => {
-                let user = id.user();
-                let end = End::new(&device, id)?;
-                end.accept(Some(end.param()))?;
-                ends.insert(user, end);
+                ends.insert(id.user(), End::take(&device, id)?);
             }
             (CmEventType::ConnectResponse, _) => {
                 ends.get(&user).context("no such id")?.accept(None)?;
