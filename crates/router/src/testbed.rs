@@ -127,6 +127,12 @@ impl Host {
         }
     }
 
+    /// Removes the endpoint that a process is on.
+    pub(crate) fn remove_endpoint_of(&mut self, p: &Process) {
+        let endpoint = self.engine.sessions.get(p.session).unwrap().endpoint;
+        self.engine.remove_endpoint(endpoint);
+    }
+
     pub(crate) fn ask(&mut self, session: Handle, request: Request) -> Result<Reply, Errno> {
         let reply = self.engine.handle(session, request).reply;
         while self.engine.work_off(session) {}

@@ -180,9 +180,7 @@ fn who_disconnects_from_an_endpoint_that_is_gone_is_answered() {
     let mut pair = Pair::new();
     let (id, _) = pair.connected();
     let [here, there] = &mut pair.hosts;
-    let session = pair.programs[1].process.session;
-    let endpoint = there.engine.sessions.get(session).unwrap().endpoint;
-    there.engine.remove_endpoint(endpoint);
+    there.remove_endpoint_of(&pair.programs[1].process);
     // What it said in the end is lost.
     there.engine.cm.abroad.take();
     let a = &pair.programs[0];

@@ -337,13 +337,7 @@ fn whose_peer_has_gone_is_told_at_once() {
     let (mut host, a, b) = two();
     let host = &mut host;
     let id = a.routed(host, PortSpace::Tcp, B);
-    let endpoint = host
-        .engine
-        .sessions
-        .get(b.process.session)
-        .unwrap()
-        .endpoint;
-    host.engine.remove_endpoint(endpoint);
+    host.remove_endpoint_of(&b.process);
     a.connect(host, id, param(1, b""));
     // The address is nobody's (IBTA volume 1, 12.6.7.2: invalid GID).
     a.expect(host, Kind::Rejected, 12);
