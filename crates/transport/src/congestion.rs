@@ -14,6 +14,9 @@ const INITIAL: f64 = 16.0;
 const MIN: f64 = 2.0;
 /// Nor grows above.
 const MAX: u32 = 4096;
+/// A window that was not used for so long begins anew: the network may be another (RFC 5681, 4.1,
+/// with the shortest timeout of RFC 6298, 2.4). Programs that send in bursts pause more shortly.
+const IDLE_NS: u64 = 1_000_000_000;
 /// Multiplicative decrease (RFC 9438, 4.6).
 const BETA: f64 = 0.7;
 /// Growth of the cubic function (RFC 9438, 5.1), per second cubed.
@@ -46,6 +49,8 @@ pub(crate) struct Window {
     /// Window when the last loss came, and since when it has grown after it.
     before_loss: f64,
     epoch: Option<u64>,
+    /// When the last answer came, or the first packet after all were answered was sent.
+    used: u64,
     /// Seconds until the cubic function is at the window that there was before the loss.
     plateau: f64,
     /// What Reno would have by now (RFC 9438, 4.3).
@@ -64,6 +69,7 @@ impl Default for Window {
             threshold: f64::from(MAX),
             before_loss: 0.0,
             epoch: None,
+            used: 0,
             plateau: 0.0,
             reno: 0.0,
             srtt: 0,
@@ -116,8 +122,27 @@ impl Window {
         self.floor = sample.saturating_add(sample / 8).min(MAX_FLOOR_NS);
     }
 
+    /// An answer came while there was room in the window: time that was not made use of is none in
+    /// which it could grow (RFC 9438, 5.8).
+    pub(crate) fn on_unused(&mut self, now: u64) {
+        let unused = now.saturating_sub(self.used);
+        self.epoch = self.epoch.map(|at| at.saturating_add(unused));
+        self.used = now;
+    }
+
+    /// A packet is sent while no other is under way.
+    pub(crate) fn on_start(&mut self, now: u64) {
+        if now.saturating_sub(self.used) >= IDLE_NS && self.cwnd > INITIAL {
+            self.threshold = self.threshold.max(self.cwnd * 0.75);
+            self.cwnd = INITIAL;
+            (self.epoch, self.reno) = (None, 0.0);
+        }
+        self.on_unused(now);
+    }
+
     /// So many full packets were acknowledged while the window was what held the sender back.
     pub(crate) fn on_ack(&mut self, acked: f64, now: u64) {
+        self.used = now;
         if self.cwnd < self.threshold {
             self.cwnd += acked;
         } else {
@@ -235,6 +260,43 @@ mod tests {
             now += 50_000;
         }
         assert_eq!(w.packets(), f64::from(MAX));
+    }
+
+    #[test]
+    fn time_without_use_does_not_count() {
+        let grown = |pauses: u64| {
+            let mut w = Window::default();
+            w.on_rtt(50_000);
+            w.on_ack(84.0, 0);
+            w.on_loss();
+            let mut now = 0;
+            for _ in 0..1000 {
+                w.on_ack(w.packets(), now);
+                w.on_unused(now + pauses);
+                now += 50_000 + pauses;
+            }
+            w.packets()
+        };
+        let steady = grown(0);
+        assert!(steady > 70.0);
+        assert_eq!(grown(10_000_000), steady);
+    }
+
+    #[test]
+    fn a_window_begins_anew_after_a_second_and_grows_back() {
+        let mut w = Window::default();
+        w.on_rtt(50_000);
+        w.on_ack(184.0, 5);
+        w.on_loss();
+        let before = w.packets();
+        w.on_start(IDLE_NS + 4);
+        assert_eq!(w.packets(), before);
+        w.on_start(2 * IDLE_NS + 4);
+        assert_eq!(w.packets(), INITIAL);
+        for now in 0..4 {
+            w.on_ack(w.packets(), 2 * IDLE_NS + now);
+        }
+        assert!(w.packets() >= 0.75 * before);
     }
 
     #[test]

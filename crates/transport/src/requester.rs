@@ -433,6 +433,9 @@ impl Requester {
         if lost.is_none() && !self.may_begin(psn, &slot, count) || !self.is_held(psn, &slot) {
             return None;
         }
+        if self.flight.is_empty() {
+            self.window.on_start(now);
+        }
         let numbers = psn..psn + u64::from(count);
         // What is under way counts already.
         let size: u64 = numbers

@@ -137,6 +137,8 @@ impl Requester {
         if self.limited && self.window() <= 2 * (self.flight.under_way() + arrived) {
             let full = f64::from(self.connection.segment() + HEADER_BYTES);
             self.window.on_ack(arrived as f64 / full, now);
+        } else {
+            self.window.on_unused(now);
         }
         (self.timeouts, self.rnr_naks, self.probes) = (0, 0, 0);
         (self.probe_at, self.overdue_at) = (None, None);
