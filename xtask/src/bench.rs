@@ -340,6 +340,7 @@ impl Bench {
         if !Hosts::can("bench of fairness between hosts") {
             return Ok(());
         }
+        fairness::check_link()?;
         let index = self.median(|| fairness::alone(MANY))?;
         let even = Target::AtLeast(0.95, "at least 0.95");
         self.row(

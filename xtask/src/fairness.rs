@@ -22,21 +22,69 @@ const TIME: Duration = Duration::from_secs(10);
 /// Between looks at an empty completion queue: whoever polls takes time from the routers.
 const PAUSE: Duration = Duration::from_micros(200);
 const IPERF_PORT: u16 = 19_767;
+/// Address of the router between the hosts.
+const ROUTER: &str = "192.0.2.254";
+/// Has one processor take what a namespace's interfaces receive: those of a pair are queued where
+/// their sender runs, and overtake each other, which TCP takes for losses.
+const IN_ORDER: &str = "unshare -m sh -c 'mount -t sysfs none /sys && \
+     for q in /sys/class/net/*/queues/rx-*; do echo 1 >$q/rps_cpus || exit; done'";
+/// The longest round trip of a lone TCP stream, at least: the queue takes 20 ms to drain.
+const FULL: Duration = Duration::from_millis(15);
 
-/// Two hosts with a slow link from the second to the first. Its queue is behind the link, as that of
-/// a switch is: of one in the sending host TCP takes but a little part (TCP small queues). It sees
-/// single packets.
-fn slow() -> Result<Hosts> {
-    let hosts = Hosts::new(1500)?;
-    let queue = format!(
-        "ip link add slow type ifb && ip link set slow up && \
-         tc qdisc add dev slow root tbf {LINK} && tc qdisc add dev ff0 handle ffff: ingress && \
-         tc filter add dev ff0 parent ffff: protocol ip u32 match u32 0 0 \
-         action mirred egress redirect dev slow"
-    );
-    hosts.shell(0, &queue).context("no link can be made slow")?;
-    hosts.send_apart()?;
-    Ok(hosts)
+/// Two hosts, and between them a router with a slow link to the first.
+///
+/// Its queue is that of a machine of its own, as a switch's is: what waits in a queue that the
+/// packet got to without being received by another host still counts as the sender's own, and TCP,
+/// of which no more than a few packets may be there (TCP small queues), never fills it. Packets are
+/// single ones.
+struct Slow {
+    hosts: Hosts,
+    router: Running,
+}
+
+impl Slow {
+    fn new() -> Result<Slow> {
+        let hosts = Hosts::new(1500)?;
+        let ready = ["-n", "sh", "-c", "echo ready; exec sleep infinity"];
+        let router = Running::start(&mut hosts.command(0, "unshare", &ready))?;
+        router.wait_for("ready", DEADLINE)?;
+        let (pid, [first, second]) = (router.pid(), Hosts::ADDRESSES);
+        // Both stay in one network, as far as they know: the router answers for each of them.
+        let forward = format!(
+            "ip link set ff0 name second && \
+             for i in first second; do ip addr add {ROUTER}/32 dev $i && \
+             ip link set $i up gso_max_segs 1 && echo 1 >/proc/sys/net/ipv4/conf/$i/proxy_arp && \
+             echo 0 >/proc/sys/net/ipv4/neigh/$i/proxy_delay || \
+             exit; done && echo 1 >/proc/sys/net/ipv4/ip_forward && \
+             ip route add {first} dev first && ip route add {second} dev second && \
+             tc qdisc add dev first root tbf {LINK}"
+        );
+        let between = format!(
+            "ip link set ff0 netns {pid} && \
+             ip link add ff0 mtu 1500 type veth peer name first mtu 1500 netns {pid} && \
+             ip addr add {first}/24 dev ff0 && ip link set ff0 up && \
+             nsenter -t {pid} -n sh -c '{forward}'"
+        );
+        (hosts.shell(0, &between)).context("no router between the hosts can be made")?;
+        hosts.shell(0, &format!("nsenter -t {pid} -n {IN_ORDER}"))?;
+        (0..2).try_for_each(|host| hosts.shell(host, IN_ORDER).map(drop))?;
+        // It has another hardware address than the first host had.
+        hosts.shell(1, "ip neigh flush dev ff1")?;
+        hosts.send_apart()?;
+        hosts.wait_for_links()?;
+        Ok(Slow { hosts, router })
+    }
+
+    /// Packets that its queue has dropped.
+    fn drops(&self) -> Result<u64> {
+        let show = format!(
+            "nsenter -t {} -n tc -s -j qdisc show dev first",
+            self.router.pid()
+        );
+        let said = self.hosts.shell(0, &show)?.stdout;
+        let all: Value = serde_json::from_str(&said)?;
+        all[0]["drops"].as_u64().context("tc tells of no drops")
+    }
 }
 
 /// Queue pairs that write from the second host to the first without end.
@@ -113,16 +161,16 @@ fn connect(own: (&Rig, &RawQp), peer: (&Rig, &RawQp)) -> Result<()> {
 
 /// Jain's index of what so many connections get: 1 if all get the same, 1/n if one gets all.
 pub(crate) fn alone(connections: usize) -> Result<f64> {
-    let hosts = slow()?;
-    let mut writers = Writers::new(&hosts, connections)?;
+    let slow = Slow::new()?;
+    let mut writers = Writers::new(&slow.hosts, connections)?;
     writers.go_on(BEGIN)?;
     Ok(jain(&writers.go_on(TIME)?))
 }
 
 /// The same of TCP streams.
 pub(crate) fn tcp_alone(streams: usize) -> Result<f64> {
-    let hosts = slow()?;
-    let said = Iperf::new(&hosts, streams)?.end()?;
+    let slow = Slow::new()?;
+    let said = Iperf::new(&slow.hosts, streams)?.end()?;
     let all = said["end"]["streams"].as_array().context("no streams")?;
     let bytes = |stream: &Value| stream["receiver"]["bytes"].as_u64().unwrap_or(0);
     Ok(jain(&all.iter().map(bytes).collect::<Vec<_>>()))
@@ -130,10 +178,10 @@ pub(crate) fn tcp_alone(streams: usize) -> Result<f64> {
 
 /// Bytes a second that a TCP stream gets, and that so many connections beside it get together.
 pub(crate) fn beside_tcp(connections: usize) -> Result<(f64, f64)> {
-    let hosts = slow()?;
-    let mut writers = Writers::new(&hosts, connections)?;
+    let slow = Slow::new()?;
+    let mut writers = Writers::new(&slow.hosts, connections)?;
     writers.go_on(BEGIN)?;
-    let tcp = Iperf::new(&hosts, 1)?;
+    let tcp = Iperf::new(&slow.hosts, 1)?;
     writers.go_on(BEGIN)?;
     let written: u64 = writers.go_on(TIME)?.iter().sum();
     drop(writers);
@@ -141,6 +189,26 @@ pub(crate) fn beside_tcp(connections: usize) -> Result<(f64, f64)> {
     let bits = said["end"]["sum_received"]["bits_per_second"].as_f64();
     let tcp = bits.with_context(|| format!("no rate in {said}"))? / 8.0;
     Ok((tcp, written as f64 / TIME.as_secs_f64()))
+}
+
+/// Fails unless a TCP stream that has the link for itself fills its queue until packets are dropped:
+/// else the link says nothing of shares.
+pub(crate) fn check_link() -> Result<()> {
+    let slow = Slow::new()?;
+    let said = Iperf::new(&slow.hosts, 1)?.end()?;
+    let rtt = &said["end"]["streams"][0]["sender"]["max_rtt"];
+    let rtt = rtt
+        .as_u64()
+        .with_context(|| format!("no round trip in {said}"))?;
+    let drops = slow.drops()?;
+    if drops == 0 || Duration::from_micros(rtt) < FULL {
+        bail!(
+            "a lone TCP stream does not fill the slow link's queue: {drops} packets dropped, round \
+             trips up to {rtt} us"
+        );
+    }
+    eprintln!("a lone TCP stream: {drops} packets dropped, round trips up to {rtt} us");
+    Ok(())
 }
 
 /// TCP streams from the second host to the first.
